@@ -1,0 +1,1 @@
+"""The command line: a module a verb, thin; what the verbs do is in the packages below."""

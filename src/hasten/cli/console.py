@@ -1,0 +1,137 @@
+"""What a person sees while a run works: a live line on a terminal, plain lines elsewhere.
+
+All of it goes to standard error; results alone go to standard output.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from hasten.training.observe import EvaluationInfo, Observer, StepInfo
+
+_PLAIN_SECONDS = 5.0
+
+
+def build_observer(*, quiet: bool) -> Observer:
+    """Returns the observer that fits where standard error goes."""
+    if quiet:
+        return WarningsOnly()
+    return LiveConsole() if sys.stderr.isatty() else PlainConsole()
+
+
+def say(text: str) -> None:
+    """Prints a message to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class WarningsOnly:
+    """Prints warnings and nothing else."""
+
+    def note(self, text: str) -> None:
+        """Ignores a note."""
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        say(f"warning: {text}")
+
+    def step(self, info: StepInfo) -> None:
+        """Ignores progress."""
+
+    def evaluation(self, info: EvaluationInfo) -> None:
+        """Ignores a measurement."""
+
+
+class PlainConsole(WarningsOnly):
+    """Plain lines, one every few seconds."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def note(self, text: str) -> None:
+        """Prints a decision."""
+        say(text)
+
+    def step(self, info: StepInfo) -> None:
+        """Prints a progress line, at most one every few seconds."""
+        now = time.monotonic()
+        if now - self._last >= _PLAIN_SECONDS or info.step == info.total_steps:
+            self._last = now
+            say(f"step {info.step}/{info.total_steps}  {_progress(info)}")
+
+    def evaluation(self, info: EvaluationInfo) -> None:
+        """Prints a measurement."""
+        say(_evaluation(info))
+
+
+class LiveConsole(WarningsOnly):
+    """One line that updates itself, with notes and evaluations above it."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def note(self, text: str) -> None:
+        """Prints a decision."""
+        self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._console.print(f"warning: {text}", markup=False, style="yellow")
+
+    def step(self, info: StepInfo) -> None:
+        """Moves the line on; removes it after the last step."""
+        if self._progress is None:
+            self._progress = Progress(
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task("", total=info.total_steps)
+            self._progress.start()
+        task = self._progress.task_ids[0]
+        self._progress.update(task, completed=info.step, description=_progress(info))
+        if info.step == info.total_steps:
+            self.close()
+
+    def evaluation(self, info: EvaluationInfo) -> None:
+        """Prints a measurement above the line."""
+        self._console.print(_evaluation(info), markup=False)
+
+    def close(self) -> None:
+        """Removes the live line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _progress(info: StepInfo) -> str:
+    accuracy = "" if info.accuracy is None else f"accuracy {info.accuracy:.3f}  "
+    skipped = f"  skipped {info.num_skipped}" if info.num_skipped else ""
+    return (
+        f"epoch {info.epoch:.1f}  loss {info.loss:.4f}  {accuracy}"
+        f"{info.tokens_per_second:,.0f} tokens/s  {duration(info.seconds_left)} left{skipped}"
+    )
+
+
+def _evaluation(info: EvaluationInfo) -> str:
+    shown = ("loss", "accuracy", "macro_f1")
+    values = "  ".join(f"{k} {info.metrics[k]:.4f}" for k in shown if k in info.metrics)
+    best = "  best so far" if info.is_best else ""
+    return f"{info.split} after epoch {info.epoch:.1f} (step {info.step}): {values}{best}"
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

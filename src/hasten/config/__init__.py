@@ -1,0 +1,1 @@
+"""What a run is: one typed configuration, from defaults, preset, file and command line."""

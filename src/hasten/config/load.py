@@ -1,0 +1,159 @@
+"""Builds the configuration of a run: defaults < preset < file < command line.
+
+PRESETS[name], config.yaml, train.epochs=3
+  -> nested mapping -> RunConfig (checked) -> config.yaml of the run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from hasten.config.presets import PRESETS
+from hasten.config.schema import SECTIONS, RunConfig
+from hasten.core.errors import UsageError, nearest
+
+Nested = dict[str, Any]
+
+
+def build_config(
+    *,
+    preset: str | None = None,
+    file: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Builds a run's configuration.
+
+    Args:
+        preset: name of a preset; one named in the file counts where this is None.
+        file: YAML file of sections.
+        overrides: dotted keys with their values; text is converted as on the command line.
+
+    Raises:
+        UsageError: an unknown key (with the nearest one), an unreadable file or a wrong value.
+    """
+    from_file = _read_yaml(Path(file)) if file is not None else {}
+    from_flags: Nested = {}
+    for key, value in (overrides or {}).items():
+        _set(from_flags, key, value)
+    name = preset or from_flags.get("preset") or from_file.get("preset")
+    if name is not None and (not isinstance(name, str) or name not in PRESETS):
+        raise UsageError(
+            f"unknown preset '{name}'; there are {', '.join(PRESETS)}.{nearest(str(name), PRESETS)}"
+        )
+    merged: Nested = {"preset": name}
+    for layer in (PRESETS[name] if name else {}, from_file, from_flags):
+        _merge(merged, layer)
+    merged["preset"] = name
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """Returns the configuration as YAML that ``build_config`` reads back to the same values."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def replace_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Returns a copy with the dotted keys of ``values`` set, checked anew."""
+    nested = config.model_dump()
+    for key, value in values.items():
+        _set(nested, key, value)
+    try:
+        return RunConfig.model_validate(nested)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def known_keys() -> list[str]:
+    """Returns every key a person may set, dotted."""
+    keys = [name for name in RunConfig.model_fields if name not in SECTIONS]
+    for section, model in SECTIONS.items():
+        keys += [f"{section}.{name}" for name in model.model_fields]
+    return keys
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Returns the dotted keys whose values differ."""
+    first, second = old.model_dump(), new.model_dump()
+    found = []
+    for key in known_keys():
+        section, _, name = key.rpartition(".")
+        a, b = (tree[section][name] if section else tree[name] for tree in (first, second))
+        if a != b:
+            found.append(key)
+    return found
+
+
+def _read_yaml(path: Path) -> Nested:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such configuration file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}."
+        ) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path}: expected sections such as 'train:', found a {type(content).__name__}."
+        )
+    for name in SECTIONS.keys() & content.keys():
+        if content[name] is None:  # all its keys are commented out
+            del content[name]
+        elif not isinstance(content[name], dict):
+            raise UsageError(
+                f"{path}: {name}: {content[name]!r} does not fit: it should be a section of keys."
+            )
+    return content
+
+
+def _set(tree: Nested, key: str, value: Any) -> None:
+    if key not in known_keys():
+        raise UsageError(f"unknown key '{key}'.{nearest(key, known_keys())}")
+    section, _, name = key.rpartition(".")
+    field = (SECTIONS[section] if section else RunConfig).model_fields[name]
+    may_be_none = type(None) in get_args(field.annotation)
+    if may_be_none and isinstance(value, str) and value.lower() in ("none", "null"):
+        value = None
+    if section:
+        tree.setdefault(section, {})[name] = value
+    else:
+        tree[name] = value
+
+
+def _merge(into: Nested, layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping):
+            _merge(into.setdefault(key, {}), value)
+        else:
+            into[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """Puts the first problem of a validation error into one line."""
+    problem = error.errors()[0]
+    # A union reports one problem per member and adds the member's name to the place.
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place[:2] if place and place[0] in SECTIONS else place[:1])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'.{nearest(key, known_keys())}"
+    same = _others(error.errors(), place)
+    message = "; or ".join(dict.fromkeys(p["msg"].removeprefix("Input should be ") for p in same))
+    return f"{key}: {problem['input']!r} does not fit: it should be {message}."
+
+
+def _others(problems: Iterable[Any], place: list[str]) -> list[Any]:
+    return [p for p in problems if [str(part) for part in p["loc"]][:2] == place[:2]]

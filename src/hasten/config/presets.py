@@ -1,0 +1,30 @@
+"""Named sets of settings, as plain nested mappings that a file or a flag can override."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"model": {"num_layers": 1, "hidden_size": 64, "num_heads": 2}},
+    "small": {"model": {"num_layers": 4, "hidden_size": 256, "num_heads": 4}},
+    "base": {"model": {"num_layers": 12, "hidden_size": 768, "num_heads": 12}},
+    # The article's program: the Transformer of 2017 with its optimizer settings.
+    "article": {
+        "tokenizer": {"kind": "word"},
+        "model": {
+            "num_layers": 6,
+            "hidden_size": 512,
+            "num_heads": 8,
+            "dropout": 0.1,
+            "token_dropout": 0.0,
+            "activation": "relu",
+            "norm": "layernorm",
+            "norm_placement": "post",
+            "positions": "learned",
+            "bias": True,
+            "zero_init_residual": False,
+        },
+        "train": {"learning_rate": 1e-3, "epochs": 10},
+        "optim": {"optimizer": "adam", "weight_decay": 0.0},
+    },
+}

@@ -1,0 +1,272 @@
+"""Every setting of a run, with its default, its range and its help text.
+
+    RunConfig
+      data       which files and columns, what is held out, what is rejected
+      tokenizer  how text becomes tokens
+      model      the architecture
+      train      what one run does: epochs, steps, loss, regularisation of the targets
+      optim      optimizer, schedule, penalties
+      eval       when the model is measured, and on what it is judged
+
+A field's description is its ``--help``. ``auto`` is a value a person may write: the resolved
+value and its reason are printed and saved with the run. Nothing is mutated afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Auto = Literal["auto"]
+
+
+def _split(value: object) -> object:
+    if isinstance(value, int):  # a column's number
+        return [value]
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+T = TypeVar("T")
+
+
+def settled(value: T | Auto) -> T:
+    """Returns a value of a configuration from which every ``auto`` has been resolved."""
+    assert value != "auto"
+    return value  # pyright: ignore[reportReturnType]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+
+class DataConfig(Section):
+    """Which files, which columns, and which rows may be left out."""
+
+    train: str | None = Field(
+        default=None, description="training file: CSV, TSV, JSONL, also .gz; - is stdin"
+    )
+    validation: str | None = Field(
+        default=None, description="validation file; without it, see validation_fraction"
+    )
+    test: str | None = Field(default=None, description="test file, measured once after training")
+    text_columns: Names | None = Field(
+        default=None, description="text column(s), by name or number"
+    )
+    label_column: str | None = Field(default=None, description="label column, by name or number")
+    validation_fraction: Rate = Field(
+        default=0.1, description="share of each class held out where there is no validation file"
+    )
+    max_rejected_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="more rejected rows than this share is an error"
+    )
+    segments: Literal["auto", "join", "separate"] = Field(
+        default="auto",
+        description="several text columns: joined into one text, or separate segments",
+    )
+    delimiter: str | None = Field(
+        default=None, description="cell separator; detected where not given"
+    )
+    header: bool | None = Field(
+        default=None, description="whether the first row names the columns; detected"
+    )
+    encoding: str | None = Field(
+        default=None, description="text encoding; UTF-8 (or its BOM's) where not given"
+    )
+
+
+class TokenizerConfig(Section):
+    """How text becomes tokens."""
+
+    kind: Literal["bpe", "wordpiece", "unigram", "word", "char", "byte"] = Field(
+        default="bpe",
+        description="trained on the data: byte-level bpe, wordpiece, unigram, word, char, byte",
+    )
+    path: str | None = Field(default=None, description="a tokenizer.json to use instead")
+    vocab_size: Positive | Auto = Field(
+        default="auto", description="number of tokens; auto: from the amount of text"
+    )
+    lowercase: bool = Field(default=False, description="fold case before tokenizing")
+    max_length: Positive = Field(
+        default=512, description="longer examples are cut to this many tokens, and counted"
+    )
+
+
+class ModelConfig(Section):
+    """The architecture; see hasten.model.config for each option's source."""
+
+    num_layers: Positive | Auto = Field(default="auto", description="number of blocks")
+    hidden_size: Positive | Auto = Field(default="auto", description="width of the residual stream")
+    num_heads: Positive | Auto = Field(default="auto", description="attention heads")
+    num_kv_heads: Positive | None = Field(
+        default=None, description="key/value heads (grouped-query attention)"
+    )
+    feed_forward_size: Positive | None = Field(
+        default=None, description="inner width of the feed-forward"
+    )
+    activation: Literal["gelu", "relu", "relu_squared", "swiglu"] = Field(
+        default="gelu", description="nonlinearity"
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field(default="rmsnorm", description="normalisation")
+    norm_placement: Literal["pre", "post"] = Field(
+        default="pre", description="norm inside or after the residual sum"
+    )
+    positions: Literal["rotary", "learned", "sinusoidal"] = Field(
+        default="rotary", description="how order is encoded"
+    )
+    qk_norm: bool = Field(default=False, description="normalise queries and keys per head")
+    bias: bool = Field(default=False, description="biases in linear layers and norms")
+    dropout: Rate | Auto = Field(
+        default="auto", description="rate on embeddings and residual branches"
+    )
+    attention_dropout: Rate = Field(default=0.0, description="rate on attention weights")
+    token_dropout: Rate | Auto = Field(
+        default="auto", description="rate at which whole token embeddings are zeroed"
+    )
+    head_dropout: Rate | Auto = Field(default="auto", description="rate before the classifier")
+    stochastic_depth: Rate = Field(
+        default=0.0, description="rate at which the last block is skipped"
+    )
+    initializer_std: NotNegative = Field(
+        default=0.02, description="standard deviation of initial weights"
+    )
+    zero_init_residual: bool = Field(default=True, description="residual branches start at zero")
+    pooling: Literal["first", "mean", "attention"] = Field(
+        default="mean", description="how tokens become one vector"
+    )
+
+
+class TrainConfig(Section):
+    """What one run does."""
+
+    seed: int = Field(default=0, ge=0, description="every random choice derives from it")
+    epochs: Annotated[float, Field(gt=0)] | Auto = Field(
+        default="auto", description="passes over the training data"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
+        default="auto", description="peak learning rate"
+    )
+    tokens_per_step: Positive | Auto = Field(
+        default="auto", description="token budget of one optimizer step"
+    )
+    micro_batch_tokens: Positive | Auto = Field(
+        default="auto",
+        description="token budget of one forward and backward; changes memory and speed only",
+    )
+    loss: Literal["cross_entropy", "focal"] = Field(
+        default="cross_entropy", description="loss function"
+    )
+    focal_gamma: NotNegative = Field(default=2.0, description="focusing exponent of the focal loss")
+    label_smoothing: Rate = Field(
+        default=0.0, description="share of the target spread over all classes"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none", description="balanced: rare classes count more"
+    )
+    gradient_clip: NotNegative = Field(
+        default=1.0, description="largest global gradient norm; 0 for none"
+    )
+    l1: NotNegative = Field(
+        default=0.0, description="L1 penalty on the weights, added to the loss once a step"
+    )
+    l2: NotNegative = Field(
+        default=0.0, description="L2 penalty on the weights, added to the loss once a step"
+    )
+    ema_decay: Rate = Field(
+        default=0.0, description="decay of the averaged weights that are evaluated; 0 for none"
+    )
+    max_skipped_steps: Positive = Field(
+        default=5, description="non-finite steps in a row before the run stops"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+    deterministic: bool = Field(
+        default=False, description="bit-exact kernels on CUDA, slower; the CPU is always exact"
+    )
+    num_threads: Positive | Auto = Field(default="auto", description="CPU threads")
+    log_every: Positive = Field(default=10, description="steps between progress lines and metrics")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+        default=5.0,
+        description="longest time between checkpoints; one is also written at each evaluation",
+    )
+
+
+class OptimConfig(Section):
+    """Optimizer and schedule."""
+
+    optimizer: Literal[
+        "adamw", "adam", "sgd", "adagrad", "adadelta", "rmsprop", "nadam", "radam", "adafactor"
+    ] = Field(default="adamw", description="optimizer")
+    weight_decay: NotNegative | Auto = Field(
+        default="auto", description="decoupled weight decay; biases and norms exempt"
+    )
+    betas: Annotated[tuple[Rate, Rate] | None, BeforeValidator(_split)] = Field(
+        default=None, description="first and second moment decay, where used"
+    )
+    momentum: Rate | None = Field(default=None, description="momentum, where used")
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="added to the denominator"
+    )
+    schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant", "plateau"] = Field(
+        default="linear", description="learning rate over time, after the warm-up"
+    )
+    warmup_fraction: Rate = Field(default=0.1, description="share of the steps that warm up")
+    min_factor: Rate = Field(
+        default=0.0, description="cosine: last learning rate as a share of the peak"
+    )
+    plateau_patience: Positive = Field(
+        default=2, description="plateau: evaluations without progress before a cut"
+    )
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="plateau: size of the cut"
+    )
+
+
+class EvalConfig(Section):
+    """When the model is measured and on what it is judged."""
+
+    per_epoch: Positive = Field(default=1, description="evaluations per epoch")
+    metric: Literal["loss", "accuracy", "macro_f1"] = Field(
+        default="accuracy", description="the best model by this validation metric is kept"
+    )
+    patience: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto", description="evaluations without progress before stopping; 0: never"
+    )
+    baseline: bool = Field(
+        default=True,
+        description="compare with TF-IDF + logistic regression where scikit-learn is there",
+    )
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    task: Literal["auto", "text-classification"] = Field(
+        default="auto", description="what is learned"
+    )
+    preset: str | None = Field(default=None, description="a named set of settings")
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "tokenizer": TokenizerConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "optim": OptimConfig,
+    "eval": EvalConfig,
+}

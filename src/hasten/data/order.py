@@ -1,0 +1,75 @@
+"""The order of an epoch: a pure function of (seed, epoch, lengths, budget).
+
+    lengths (E,) --permute--> stream of examples --cut at equal token quotas--> batches
+
+The plan never depends on how many processes there are, and nothing of it is saved: the place
+in the data is (epoch, batch), so resuming replays nothing and skips nothing.
+
+Examples are not sorted by length across batches. Packed batches carry no padding, so sorting
+gains only a few per cent in attention, while it would make batches of long examples hold few of
+them and so weigh each of those more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hasten.core.seeds import derive_seed
+
+
+def steps_per_epoch(lengths: np.ndarray, tokens_per_step: int) -> int:
+    """Returns the number of batches of an epoch, the same for every epoch."""
+    return min(len(lengths), max(1, -(-int(lengths.sum()) // tokens_per_step)))
+
+
+def plan_epoch(
+    lengths: np.ndarray, *, seed: int, epoch: int, tokens_per_step: int
+) -> list[np.ndarray]:
+    """Plans the global batches of one epoch.
+
+    Args:
+        lengths: (E,) tokens of each example.
+        seed: of the run.
+        epoch: counted from 0.
+        tokens_per_step: token budget of a batch. Batches are cut at equal quotas of at most
+            this size, so that the last is no smaller than the others; one may exceed its quota
+            by less than one example.
+
+    Returns:
+        ``steps_per_epoch`` arrays of example numbers, none empty; each example is in exactly
+        one of them.
+    """
+    num_batches = steps_per_epoch(lengths, tokens_per_step)
+    order = np.random.default_rng(derive_seed("order", seed, epoch)).permutation(len(lengths))
+    before = np.cumsum(lengths[order]) - lengths[order]
+    number = np.arange(1, num_batches)
+    cuts = np.searchsorted(before, number * (int(lengths.sum()) / num_batches))
+    # An example longer than a quota would leave batches empty: each takes at least one example.
+    cuts = np.maximum.accumulate(np.maximum(cuts, 1) - number) + number
+    return np.split(order, np.minimum(cuts, len(order) - num_batches + number))
+
+
+def cut_micro_batches(
+    batch: np.ndarray, lengths: np.ndarray, micro_batch_tokens: int
+) -> list[np.ndarray]:
+    """Cuts a global batch into micro-batches of like lengths.
+
+    Args:
+        batch: example numbers.
+        lengths: (E,) tokens of each example.
+        micro_batch_tokens: token budget of a micro-batch; a longer example is alone in its own.
+
+    Returns:
+        The batch's examples, sorted by length so that attention groups are plain views, cut
+        wherever the next example would exceed the budget.
+    """
+    ordered = batch[np.lexsort((batch, lengths[batch]))]
+    pieces: list[np.ndarray] = []
+    start = tokens = 0
+    for i, length in enumerate(lengths[ordered].tolist()):
+        if tokens and tokens + length > micro_batch_tokens:
+            pieces.append(ordered[start:i])
+            start, tokens = i, 0
+        tokens += length
+    pieces.append(ordered[start:])
+    return pieces

@@ -1,0 +1,1 @@
+"""Tokens to hidden states to outputs: plain modules that know nothing of training."""

@@ -1,0 +1,1 @@
+"""What the machine decides for the person, each time with a reason."""

@@ -1,0 +1,1 @@
+"""A run: data, model and optimizer put together, the one loop, checkpoints, evaluation."""

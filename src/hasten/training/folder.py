@@ -1,0 +1,193 @@
+"""The run folder: what is written before the first step, and reading it back.
+
+    runs/NAME/  config.yaml plan.json data.json environment.json rejected.jsonl tokenizer.json
+                metrics.jsonl checkpoints/ model/ result.json
+
+The folder appears in one rename, complete; a run that fails before its first step leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.config.load import build_config, config_to_yaml, replace_values
+from hasten.config.schema import RunConfig
+from hasten.core.errors import DamagedError, DataError, MachineError, UsageError
+from hasten.core.files import FileLock, committed_folder, file_hash, machine_errors, write_text
+from hasten.data.cache import cache_folder
+from hasten.plan.choices import Choice
+from hasten.training.machine import describe_machine
+from hasten.training.prepare import PreparedData
+
+_LOCK_NAME = ".lock"
+
+
+def choose_folder(output: str | Path | None, train: str) -> Path:
+    """Returns the folder of a new run: ``output``, else runs/<data>-<n>.
+
+    Raises:
+        UsageError: it exists already.
+    """
+    if output is not None:
+        folder = Path(output)
+        if folder.exists():
+            raise UsageError(
+                f"{folder} exists already: choose another --output, or go on with "
+                f"--resume {folder}."
+            )
+        return folder
+    stem = re.sub(r"(\.(csv|tsv|jsonl|ndjson|gz))+$", "", Path(train).name) or "stdin"
+    number = 1
+    while (folder := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return folder
+
+
+def create_folder(
+    folder: Path,
+    config: RunConfig,
+    choices: list[Choice],
+    data: PreparedData,
+    device: torch.device,
+) -> RunConfig:
+    """Writes a new run folder; returns the configuration with the final paths of its data.
+
+    Raises:
+        MachineError: the folder cannot be written.
+        UsageError: another process has created it in the meantime.
+    """
+    with _refuse_taken(folder), committed_folder(folder, replace=False) as partial:
+        config = _settle_paths(config, folder, partial)
+        (partial / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+        _write_json(partial / "plan.json", [asdict(choice) for choice in choices])
+        _write_json(partial / "data.json", describe_data(config, data, partial, folder))
+        _write_json(partial / "environment.json", describe_machine(device))
+        with (partial / "rejected.jsonl").open("w", encoding="utf-8") as file:
+            for rejected in data.sources.rejected:
+                file.write(json.dumps(asdict(rejected), ensure_ascii=False) + "\n")
+        data.tokenizer.save(str(partial / "tokenizer.json"))
+        (partial / "checkpoints").mkdir()
+    return config
+
+
+@contextmanager
+def _refuse_taken(folder: Path) -> Iterator[None]:
+    with machine_errors("creating the run folder"):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UsageError(
+                f"{folder} has been created by another process in the meantime: start again, or "
+                "choose another --output."
+            ) from None
+
+
+def read_folder(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Reads the configuration and data.json of a run.
+
+    Raises:
+        UsageError: it is not a run folder.
+        DamagedError: a file in it cannot be read.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"{folder} is not a run folder (it has no config.yaml).")
+    try:
+        config = build_config(file=folder / "config.yaml")
+        data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    except (UsageError, OSError, ValueError) as error:
+        raise DamagedError(f"{folder} cannot be read: {error}") from None
+    return config, data
+
+
+def check_data_unchanged(data: dict[str, Any]) -> None:
+    """Compares the data files with what the run began with.
+
+    Raises:
+        DataError: naming the file that is gone or changed.
+    """
+    for entry in data["files"].values():
+        path = Path(entry["path"])
+        if not path.is_file():
+            raise DataError(f"{path}: the run's data file is gone; put it back to resume.")
+        if file_hash(path) != entry["sha256"]:
+            raise DataError(
+                f"{path} has changed since the run began (its SHA-256 differs); put the old file "
+                "back to resume, or start a new run."
+            )
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Keeps other processes out of a run folder until the lock is released.
+
+    Raises:
+        MachineError: another process holds it, or the folder is read-only.
+    """
+    with machine_errors("locking the run folder"):
+        lock = FileLock(folder / _LOCK_NAME)
+        if not lock.acquire():
+            raise MachineError(
+                f"{folder} is in use by process {lock.holder()}; wait for it or stop it first."
+            )
+    return lock
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Replaces result.json."""
+    with machine_errors("writing the result"):
+        write_text(folder / "result.json", json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+
+
+def describe_data(
+    config: RunConfig, data: PreparedData, partial: Path, folder: Path
+) -> dict[str, Any]:
+    """Returns what the run read, as JSON values: files with their hashes, columns, labels."""
+    files = {}
+    for name, corpus in data.sources.corpora.items():
+        path = Path(getattr(config.data, name))
+        inside = path.parent == folder.absolute()  # it came from standard input
+        files[name] = {
+            "path": str(path),
+            "sha256": file_hash(partial / path.name if inside else path),
+            "rows_read": corpus.num_read,
+            "rows_used": len(corpus),
+            "rows_rejected": len(corpus.rejected),
+        }
+    return {
+        "files": files,
+        "text_columns": list(data.sources.columns.text),
+        "label_column": data.sources.columns.label,
+        "labels": list(data.task.labels),
+        "num_examples": {name: len(split.rows) for name, split in data.splits.items()},
+        "num_tokens": {name: int(split.lengths.sum()) for name, split in data.splits.items()},
+    }
+
+
+def _settle_paths(config: RunConfig, folder: Path, partial: Path) -> RunConfig:
+    """Makes paths absolute; what came from standard input moves into the run folder."""
+    values = {}
+    for name in ("train", "validation", "test"):
+        path = getattr(config.data, name)
+        if path is None:
+            continue
+        path = Path(path).absolute()
+        if path.is_relative_to(cache_folder().absolute()):
+            shutil.copyfile(path, partial / path.name)
+            path = folder.absolute() / path.name
+        values[f"data.{name}"] = str(path)
+    return replace_values(config, values)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,323 @@
+"""The one loop, for every task: read it from top to bottom.
+
+    order of the epoch -> step -> report -> evaluate -> best model -> checkpoint -> stop?
+
+Its state is ``TrainState`` plus tensors, its place in the data is the step number. Whatever kills
+it, ``resume_loop`` goes on from the newest checkpoint to the same final weights, bit for bit on
+CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.core.errors import DivergenceError
+from hasten.data.order import plan_epoch, steps_per_epoch
+from hasten.optim.state import flatten_optimizer_state, load_optimizer_state
+from hasten.task.contract import Meter
+from hasten.training.checkpoint import (
+    Checkpoint,
+    copy_into,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
+from hasten.training.evaluate import evaluate
+from hasten.training.observe import EvaluationInfo, MetricsLog, Observer, StepInfo
+from hasten.training.prepare import Split
+from hasten.training.state import TrainState
+from hasten.training.step import Parts, StepResult, run_step
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long the loop runs and when it looks up.
+
+    Attributes:
+        total_steps: optimizer steps of the run.
+        tokens_per_step: token budget of a global batch.
+        evaluate_every: steps between evaluations; one also follows the last step.
+        log_every: steps between reports.
+        metric: validation metric that the best model is kept by.
+        higher_is_better: of that metric.
+        patience: evaluations without progress before the run stops; 0 for never.
+        max_skipped_steps: non-finite steps in a row before the run fails.
+        checkpoint_seconds: longest time between checkpoints.
+    """
+
+    total_steps: int
+    tokens_per_step: int
+    evaluate_every: int
+    log_every: int
+    metric: str
+    higher_is_better: bool
+    patience: int
+    max_skipped_steps: int
+    checkpoint_seconds: float
+
+
+class Interrupted(BaseException):
+    """A signal ended the run after a checkpoint in ``folder``."""
+
+    def __init__(self, signal_number: int, folder: Path) -> None:
+        super().__init__(signal_number, folder)
+        self.signal_number = signal_number
+        self.folder = folder
+
+
+@dataclass
+class Loop:
+    """A run in progress.
+
+    Attributes:
+        parts: what is trained, and with what.
+        train: training examples.
+        validation: examples that the best model is chosen by; None where there are none.
+        settings: how long, how often.
+        folder: the run's folder.
+        observer: told what happens.
+        state: where the run stands.
+        best: weights of the best model so far.
+        pace: what has happened since the last report.
+    """
+
+    parts: Parts
+    train: Split
+    validation: Split | None
+    settings: LoopSettings
+    folder: Path
+    observer: Observer
+    state: TrainState = field(default_factory=TrainState)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    pace: Pace = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begins to count."""
+        self.pace = Pace(self.parts.task.new_meter())
+
+    def resume(self) -> int:
+        """Puts the newest checkpoint back; returns the length metrics.jsonl had then."""
+        checkpoint = load_newest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is None:
+            return 0
+        tensors, scalars = checkpoint.tensors, checkpoint.scalars
+        copy_into(self.parts.model, tensors["model"], "the checkpoint")
+        load_optimizer_state(self.parts.optimizer, tensors["optimizer"], scalars["optimizer"])
+        self.parts.schedule.load_state_dict(scalars["schedule"])
+        if self.parts.average is not None:
+            self.parts.average.load(tensors["average"], scalars["average"])
+        self.best = tensors.get("best", {})
+        self.state = TrainState.from_dict(scalars["state"])
+        self.pace.load(tensors["pace"])
+        return int(scalars["metrics_bytes"])
+
+    def run(self, log: MetricsLog) -> None:
+        """Trains to the end.
+
+        Raises:
+            DivergenceError: several steps in a row were not finite.
+            Interrupted: a signal arrived; a checkpoint was written first.
+            MachineError: a checkpoint cannot be written.
+        """
+        state, settings = self.state, self.settings
+        lengths = self.train.lengths
+        per_epoch = steps_per_epoch(lengths, settings.tokens_per_step)
+        saved_at, epoch, batches = time.monotonic(), -1, []
+        with _signals() as received:
+            while state.step < settings.total_steps and not state.stopped_early:
+                if epoch != state.step // per_epoch:
+                    epoch = state.step // per_epoch
+                    batches = plan_epoch(
+                        lengths,
+                        seed=self.parts.settings.seed,
+                        epoch=epoch,
+                        tokens_per_step=settings.tokens_per_step,
+                    )
+                examples = self.train.rows[batches[state.step % per_epoch]]
+                started = time.perf_counter()
+                result = run_step(self.parts, self.train, examples, state.step, self.pace.meter)
+                state.step += 1
+                state.num_tokens += result.num_tokens
+                state.num_positions += result.num_positions
+                state.num_attention_positions += result.num_attention_positions
+                self._check_finite(result, examples, log)
+                self.pace.add(result, time.perf_counter() - started)
+                state.train_seconds += time.perf_counter() - started
+                if state.step % settings.log_every == 0 or state.step == settings.total_steps:
+                    self._report(result, per_epoch, log)
+                due = (
+                    state.step % settings.evaluate_every == 0 or state.step == settings.total_steps
+                )
+                if due:
+                    self._evaluate(per_epoch, log)
+                late = time.monotonic() - saved_at > settings.checkpoint_seconds
+                if due or late or received:
+                    self.save(log)
+                    saved_at = time.monotonic()
+                if received:
+                    raise Interrupted(received[0], self.folder)
+
+    def save(self, log: MetricsLog) -> None:
+        """Writes a checkpoint of everything that ``resume`` puts back."""
+        optimizer_tensors, optimizer_scalars = flatten_optimizer_state(self.parts.optimizer)
+        tensors = {
+            "model": dict(self.parts.model.state_dict()),
+            "optimizer": optimizer_tensors,
+            "pace": self.pace.tensors(),
+        }
+        average = self.parts.average
+        if average is not None:
+            tensors["average"] = average.tensors()
+        if self.best:
+            tensors["best"] = self.best
+        scalars = {
+            "state": self.state.as_dict(),
+            "optimizer": optimizer_scalars,
+            "schedule": self.parts.schedule.state_dict(),
+            "average": average.scalars() if average is not None else None,
+            "metrics_bytes": log.length(),
+        }
+        save_checkpoint(self.folder / "checkpoints", self.state.step, Checkpoint(tensors, scalars))
+
+    def _check_finite(self, result: StepResult, examples: np.ndarray, log: MetricsLog) -> None:
+        state = self.state
+        if result.is_finite:
+            state.skipped_in_a_row = 0
+            return
+        state.num_skipped += 1
+        state.skipped_in_a_row += 1
+        lines = self.train.lines(sorted(examples.tolist()))
+        log.write({"step": state.step, "skipped": True, "lines": lines})
+        some = ", ".join(map(str, lines[:8])) + (" ..." if len(lines) > 8 else "")
+        where = f"step {state.step}, {self.train.corpus.name} lines {some}"
+        self.observer.warn(f"loss or gradient not finite: the step was skipped ({where})")
+        if state.skipped_in_a_row >= self.settings.max_skipped_steps:
+            raise DivergenceError(
+                f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row; the "
+                f"last: {where}. Try a lower --train.learning_rate."
+            )
+
+    def _report(self, last: StepResult, per_epoch: int, log: MetricsLog) -> None:
+        state, settings, pace = self.state, self.settings, self.pace
+        self.pace = Pace(self.parts.task.new_meter())
+        info = StepInfo(
+            step=state.step,
+            total_steps=settings.total_steps,
+            epoch=state.step / per_epoch,
+            loss=pace.loss / pace.steps if pace.steps else math.nan,
+            accuracy=pace.meter.compute().get("accuracy"),
+            learning_rate=last.learning_rate,
+            gradient_norm=last.gradient_norm,
+            num_tokens=state.num_tokens,
+            tokens_per_second=pace.tokens / max(pace.seconds, 1e-9),
+            seconds_left=(settings.total_steps - state.step) * state.train_seconds / state.step,
+            num_skipped=state.num_skipped,
+        )
+        entry = {
+            "step": info.step,
+            "epoch": round(info.epoch, 4),
+            "split": "train",
+            "loss": info.loss,
+            "accuracy": info.accuracy,
+            "learning_rate": info.learning_rate,
+            "gradient_norm": info.gradient_norm,
+            "num_tokens": info.num_tokens,
+            "tokens_per_second": round(info.tokens_per_second, 1),
+        }
+        log.write(entry)
+        self.observer.step(info)
+
+    def _evaluate(self, per_epoch: int, log: MetricsLog) -> None:
+        """Measures the validation split; keeps the best weights; counts patience."""
+        if self.validation is None:
+            return
+        state, settings, parts = self.state, self.settings, self.parts
+        metrics = evaluate(
+            parts.model,
+            parts.task,
+            self.validation,
+            device=parts.device,
+            batch_tokens=parts.settings.micro_batch_tokens,
+            average=parts.average,
+        )
+        is_best = state.record(metrics[settings.metric], settings.higher_is_better)
+        if is_best:
+            self.best = self._weights()
+        state.evaluations.append({"step": state.step, **metrics})
+        if settings.patience and state.evaluations_since_best >= settings.patience:
+            state.stopped_early = True
+        parts.schedule.observe(metrics[settings.metric])
+        log.write({"step": state.step, "split": "validation", **metrics, "is_best": is_best})
+        self.observer.evaluation(
+            EvaluationInfo(state.step, state.step / per_epoch, "validation", metrics, is_best)
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Returns copies of the weights that were evaluated."""
+        weights = {n: t.detach().cpu().clone() for n, t in self.parts.model.state_dict().items()}
+        if self.parts.average is not None:
+            weights |= {n: t.cpu().clone() for n, t in self.parts.average.tensors().items()}
+        return weights
+
+
+class Pace:
+    """Sums since the last report."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.loss = self.seconds = 0.0
+        self.tokens = self.steps = 0
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        """Adds one step; a skipped one counts in time but not in the loss."""
+        self.seconds += seconds
+        self.tokens += result.num_tokens
+        if result.is_finite:
+            self.loss += result.loss
+            self.steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns everything as tensors."""
+        sums = torch.tensor([self.loss, self.seconds, self.tokens, self.steps], dtype=torch.float64)
+        return {"sums": sums, **{f"meter.{n}": t for n, t in self.meter.state().items()}}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from ``tensors``."""
+        self.loss, self.seconds, tokens, steps = tensors["sums"].tolist()
+        self.tokens, self.steps = int(tokens), int(steps)
+        meter = {n.removeprefix("meter."): t for n, t in tensors.items() if n != "sums"}
+        self.meter.load(meter)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying; a second one ends the process at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = [signal.signal(number, remember) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, old, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""What every test rests on: one thread, and a token cache that is not the person's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch, and for child processes
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402 - the environment comes first
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run: a test that fails now and then is no proof of anything.
+settings.register_profile("hasten", derandomize=True, deadline=None, database=None)
+settings.load_profile("hasten")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASTEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """An empty cache for one test."""
+    folder = tmp_path_factory.mktemp("own-cache")
+    monkeypatch.setenv("HASTEN_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """Modules built in the test hold float64 weights and tables."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

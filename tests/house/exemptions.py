@@ -1,0 +1,26 @@
+"""The one list of exceptions to the house rules, each with its reason.
+
+An entry is (rule, where, reason): ``where`` is exactly what the failing test prints. An entry that
+is no longer needed fails a test too, so the list cannot outlive its reasons.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Exemption(NamedTuple):
+    """One place that may break one rule."""
+
+    rule: str
+    where: str
+    reason: str
+
+
+EXEMPTIONS: tuple[Exemption, ...] = (
+    Exemption(
+        "parameter_count",
+        "hasten/cli/train.py:train",
+        "typer reads a verb's flags from its signature; each is one flag of --help",
+    ),
+)

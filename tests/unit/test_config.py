@@ -1,0 +1,343 @@
+"""The configuration: which layer wins, what is refused, and that every setting has an effect."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+import yaml
+
+from hasten.config.load import (
+    build_config,
+    config_to_yaml,
+    differences,
+    known_keys,
+    replace_values,
+)
+from hasten.config.presets import PRESETS
+from hasten.config.schema import SECTIONS, ModelConfig, OptimConfig, RunConfig
+from hasten.core.errors import UsageError
+from hasten.model import config as model_config
+from hasten.model.config import TransformerConfig
+from hasten.optim.optimizers import OPTIMIZER_NAMES
+from hasten.optim.schedules import SCHEDULE_NAMES
+
+SOURCE = Path(model_config.__file__).resolve().parents[1]
+
+
+def literals(annotation: Any) -> list[str]:
+    """All words that an annotation admits."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in literals(part)]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flags_win_over_the_file_over_the_preset_over_defaults(tmp_path: Path):
+    file = write(tmp_path, "model:\n  num_layers: 7\n  dropout: 0.25\ntrain:\n  epochs: 3\n")
+    default = build_config()
+    config = build_config(
+        preset="article", file=file, overrides={"train.epochs": "4.5", "model.dropout": 0.3}
+    )
+    assert config.train.epochs == 4.5  # flag over file and preset
+    assert config.model.dropout == 0.3  # flag over file
+    assert config.model.num_layers == 7  # file over preset
+    assert config.model.hidden_size == 512  # preset over default
+    assert config.train.label_smoothing == default.train.label_smoothing
+    assert config.preset == "article"
+
+
+def test_a_preset_may_be_named_in_the_file_and_a_flag_wins(tmp_path: Path):
+    file = write(tmp_path, "preset: tiny\n")
+    assert build_config(file=file).model.num_layers == 1
+    assert build_config(file=file, preset="small").model.num_layers == 4
+    assert build_config(file=file, overrides={"preset": "base"}).model.num_layers == 12
+
+
+def test_building_leaves_the_presets_alone():
+    before = yaml.safe_dump(PRESETS)
+    build_config(preset="article", overrides={"model.num_layers": 9, "optim.optimizer": "sgd"})
+    assert yaml.safe_dump(PRESETS) == before
+    assert build_config(preset="article").model.num_layers == 6
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_says_something(name: str):
+    config = build_config(preset=name)
+    assert differences(build_config(), config) not in ([], ["preset"])
+
+
+def test_the_article_preset_is_the_model_of_2017():
+    config = build_config(preset="article")
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_heads) == (6, 512, 8)
+    assert config.model.activation == "relu" and config.model.norm_placement == "post"
+    assert config.model.positions == "learned" and config.model.dropout == 0.1
+    assert (config.optim.optimizer, config.train.learning_rate) == ("adam", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nearest"),
+    [
+        ({"train.epoch": 3}, "train.epochs"),
+        ({"train.lerning_rate": 3}, "train.learning_rate"),
+        ({"modle.num_layers": 3}, "model.num_layers"),
+        ({"tets": "x"}, None),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(overrides: dict[str, Any], nearest: str | None):
+    (key,) = overrides
+    with pytest.raises(UsageError, match=f"unknown key '{key}'") as caught:
+        build_config(overrides=overrides)
+    assert caught.value.exit_code == 2
+    assert nearest is None or f"'{nearest}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  epoch: 3\n", r"unknown key 'train\.epoch'.*'train\.epochs'"),
+        ("trian:\n  epochs: 3\n", "unknown key 'trian'.*train"),
+        ("train:\n  epochs: many\n", r"train\.epochs: 'many' does not fit"),
+        ("train: train.csv\n", "train: 'train.csv' does not fit"),
+        ("model:\n  dropout: 1.5\n", r"model\.dropout: 1\.5 does not fit.*less than 1"),
+        ("optim:\n  optimizer: adamm\n", r"optim\.optimizer: 'adamm' does not fit.*'adamw'"),
+        ("- a\n- b\n", "expected sections"),
+        ("train: [\n", "line 2: not valid YAML"),
+        ("preset: tinny\n", "unknown preset 'tinny'.*'tiny'"),
+        ("preset: [tiny]\n", "preset"),
+        ("train:\n  epochs: .nan\n", r"train\.epochs"),
+        ("eval:\n  patience: -1\n", r"eval\.patience: -1 does not fit"),
+        ("train:\n  seed: -1\n", r"train\.seed: -1 does not fit"),
+    ],
+)
+@pytest.mark.parametrize("overrides", [{}, {"train.log_every": 5, "eval.per_epoch": 2}])
+def test_a_wrong_file_is_refused_in_one_line(
+    text: str, message: str, overrides: dict[str, Any], tmp_path: Path
+):
+    with pytest.raises(UsageError, match=message) as caught:
+        build_config(file=write(tmp_path, text), overrides=overrides)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path: Path):
+    with pytest.raises(UsageError, match="nothing.yaml: no such"):
+        build_config(file=tmp_path / "nothing.yaml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        build_config(file=tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read"):
+        build_config(file=tmp_path / "binary")
+    assert build_config(file=write(tmp_path, "")) == build_config()
+    assert build_config(file=write(tmp_path, "train:\n  # epochs: 3\n")) == build_config()
+
+
+def test_numbers_may_be_written_as_people_write_them(tmp_path: Path):
+    config = build_config(file=write(tmp_path, "train:\n  learning_rate: 3e-4\n  l2: 1e-5\n"))
+    assert config.train.learning_rate == 3e-4 and config.train.l2 == 1e-5
+    flags = {"optim.betas": "0.9, 0.98", "data.text_columns": "a, b", "data.label_column": 3}
+    config = build_config(overrides=flags)
+    assert config.optim.betas == (0.9, 0.98)
+    assert config.data.text_columns == ("a", "b") and config.data.label_column == "3"
+
+
+@pytest.mark.parametrize("columns", ["1", "[1, 2]", "title", "[title, body]"])
+def test_text_columns_may_be_names_or_numbers(columns: str, tmp_path: Path):
+    file = write(tmp_path, f"data:\n  text_columns: {columns}\n")
+    wanted = tuple(columns.strip("[]").split(", "))
+    assert build_config(file=file).data.text_columns == wanted
+
+
+SAMPLES: dict[str, Any] = {
+    "preset": "tiny", "data.header": True, "data.text_columns": ("a", "1"),
+    "optim.betas": (0.8, 0.95), "data.delimiter": "\t", "data.label_column": "yes",
+}
+
+
+def other_value(key: str) -> Any:
+    """A valid value that is not the default."""
+    section, _, name = key.rpartition(".")
+    model = SECTIONS[section] if section else RunConfig
+    field = model.model_fields[name]
+    if key in SAMPLES:
+        return SAMPLES[key]
+    words = [w for w in literals(field.annotation) if w not in ("auto", field.default)]
+    if words:
+        return words[-1]
+    for value in (True, False, 3, 0.25, "some/file"):
+        if value == field.default:
+            continue
+        try:
+            result = replace_values(RunConfig(), {key: value})
+        except UsageError:
+            continue
+        found = getattr(getattr(result, section) if section else result, name)
+        if found == value and type(found) is type(value):
+            return value
+    if key == "task":
+        return "text-classification"
+    raise AssertionError(f"give SAMPLES a value for {key}")
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_key_can_be_set_saved_and_read_back(key: str, tmp_path: Path):
+    value = other_value(key)
+    config = replace_values(RunConfig(), {key: value})
+    assert differences(RunConfig(), config) == [key]
+    again = build_config(file=write(tmp_path, config_to_yaml(config)))
+    if key == "preset":  # a preset's own settings are filled in when it is named
+        assert again.preset == value
+        return
+    assert again == config
+    # As text, which is how the command line gives it.
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    assert build_config(overrides={key: text}) == config
+
+
+@pytest.mark.parametrize("key", known_keys())
+def test_every_word_of_a_choice_can_be_written_as_a_flag(key: str):
+    section, _, name = key.rpartition(".")
+    model = SECTIONS[section] if section else RunConfig
+    for word in literals(model.model_fields[name].annotation):
+        config = build_config(overrides={key: word})
+        assert getattr(getattr(config, section) if section else config, name) == word
+
+
+def test_none_unsets_what_may_be_unset():
+    config = replace_values(RunConfig(), {"data.test": "a.csv", "optim.betas": (0.5, 0.5)})
+    config = replace_values(config, {"data.test": "none", "optim.betas": "null"})
+    assert config == RunConfig()
+
+
+def test_a_resolved_configuration_with_a_preset_reads_back_to_itself(tmp_path: Path):
+    config = build_config(preset="article", overrides={"model.num_layers": 2, "data.train": "é.csv"})
+    again = build_config(file=write(tmp_path, config_to_yaml(config)))
+    assert again == config
+
+
+def test_random_configurations_survive_the_file(tmp_path: Path):
+    draw = random.Random(0)
+    keys = [key for key in known_keys() if key != "preset"]
+    for _ in range(30):
+        chosen = {key: other_value(key) for key in draw.sample(keys, 12)}
+        config = replace_values(RunConfig(), chosen)
+        assert build_config(file=write(tmp_path, config_to_yaml(config))) == config
+        assert sorted(differences(RunConfig(), config)) == sorted(chosen)
+
+
+def test_a_configuration_is_immutable_and_small_enough_to_know():
+    config = RunConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="frozen"):
+        config.train = None  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(known_keys()) <= 110
+    for name, section in SECTIONS.items():
+        assert 0 < len(section.model_fields) <= 25, name
+    assert set(SECTIONS) == {
+        name for name, field in RunConfig.model_fields.items() if field.annotation in SECTIONS.values()
+    }
+
+
+def test_every_field_has_a_help_text():
+    for section in (RunConfig, *SECTIONS.values()):
+        for name, field in section.model_fields.items():
+            if name not in SECTIONS:
+                assert field.description and len(field.description) > 8, name
+
+
+def test_the_words_are_those_of_the_packages():
+    assert set(literals(OptimConfig.model_fields["optimizer"].annotation)) == set(OPTIMIZER_NAMES)
+    assert set(literals(OptimConfig.model_fields["schedule"].annotation)) == set(SCHEDULE_NAMES)
+    from hasten.data.tokenizer import KINDS
+    from hasten.task.registry import TASKS
+    from hasten.task.text_classification import LossSettings, TextClassification
+
+    fields = SECTIONS["tokenizer"].model_fields
+    assert set(literals(fields["kind"].annotation)) == set(KINDS)
+    kinds = literals(LossSettings.__dataclass_fields__["kind"].type and _hint(LossSettings, "kind"))
+    assert set(literals(SECTIONS["train"].model_fields["loss"].annotation)) == set(kinds)
+    metrics = literals(SECTIONS["eval"].model_fields["metric"].annotation)
+    assert set(metrics) == set(TextClassification.higher_is_better)
+    assert set(literals(RunConfig.model_fields["task"].annotation)) == {"auto", *TASKS}
+
+
+def _hint(cls: type, name: str) -> Any:
+    from typing import get_type_hints
+
+    return get_type_hints(cls)[name]
+
+
+def test_model_settings_admit_what_the_model_admits():
+    for field in dataclasses.fields(TransformerConfig):
+        words = literals(_hint(TransformerConfig, field.name))
+        if words:
+            assert set(literals(ModelConfig.model_fields[field.name].annotation)) == set(words)
+    given_elsewhere = {
+        "vocab_size", "max_positions", "num_token_types", "num_labels", "norm_epsilon", "rotary_base",
+    }
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert set(ModelConfig.model_fields) == names - given_elsewhere
+
+
+@functools.cache
+def read_attributes() -> frozenset[str]:
+    """Names read as attributes, or by name in a string, outside hasten.config."""
+    found: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        if path.parent.name in ("config", "cli"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                inner = node.value
+                owner = inner.attr if isinstance(inner, ast.Attribute) else None
+                owner = inner.id if isinstance(inner, ast.Name) else owner
+                found.add(f"{owner}.{node.attr}")
+    return frozenset(found)
+
+
+# Names that stand for a section where the code keeps one in a variable.
+OWNERS = {
+    "data": {"data", "config", "reading"},
+    "tokenizer": {"tokenizer", "settings"},
+    "model": {"model", "config"},
+    "train": {"train"},
+    "optim": {"optim"},
+    "eval": {"eval"},
+    "": {"config"},
+}
+
+
+@pytest.mark.parametrize("key", [key for key in known_keys() if key not in ("task", "preset")])
+def test_no_setting_is_silently_ignored(key: str):
+    section, _, name = key.rpartition(".")
+    if section == "model":
+        return  # all of them reach the model: see test_build
+    if key in ("data.train", "data.validation", "data.test"):
+        assert "config.train" in read_attributes()
+    reads = {f"{owner}.{name}" for owner in OWNERS[section]}
+    assert reads & read_attributes(), f"nothing outside hasten.config reads {key}"
+
+
+def test_importing_the_configuration_imports_no_torch():
+    code = (
+        "import sys, hasten.config.load, hasten.config.presets; "
+        "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_union_members_are_found_by_the_helper():
+    assert literals(Union[Literal["a", "b"], int, None]) == ["a", "b"]  # noqa: UP007

@@ -1,0 +1,330 @@
+"""Positions, feed-forward, dropout, initial weights, sizes: each against its formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from builders import default_dtype, pack, random_sequences, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.core.batch import SequenceLayout
+from hasten.core.errors import UsageError
+from hasten.model.config import TransformerConfig
+from hasten.model.layers import (
+    Embedding,
+    FeedForward,
+    RotaryTable,
+    StochasticDepth,
+    apply_rotary,
+    build_norm,
+    sinusoidal_table,
+)
+from hasten.model.transformer import Encoder, Transformer
+
+
+def config(**options: Any) -> TransformerConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": 30,
+        "num_layers": 2,
+        "hidden_size": 16,
+        "num_heads": 2,
+        **options,
+    }
+    return TransformerConfig(**settings)
+
+
+@pytest.mark.parametrize("size", [6, 16, 7])
+def test_sinusoids_follow_vaswani_et_al(size: int):
+    table = sinusoidal_table(50, size)
+    assert table.shape == (50, size)
+    for position in (0, 1, 17, 49):
+        for column in range(size):
+            angle = position / 10000 ** (2 * (column // 2) / size)
+            expected = math.cos(angle) if column % 2 else math.sin(angle)
+            assert float(table[position, column]) == pytest.approx(expected, abs=2e-5)
+
+
+def test_sinusoidal_embedding_adds_the_table_to_the_scaled_tokens():
+    module = Embedding(config(positions="sinusoidal")).eval()
+    ids, positions = torch.tensor([3, 4, 3]), torch.tensor([0, 1, 0], dtype=torch.int32)
+    expected = module.tokens.weight[ids] * 4 + sinusoidal_table(512, 16)[[0, 1, 0]]
+    torch.testing.assert_close(module(ids, positions, None), expected)
+
+
+def test_learned_positions_and_segments_are_added():
+    module = Embedding(config(positions="learned", num_token_types=2, max_positions=9)).eval()
+    ids, positions = torch.tensor([3, 4, 3]), torch.tensor([0, 8, 1], dtype=torch.int32)
+    types = torch.tensor([0, 1, 1])
+    expected = (
+        module.tokens.weight[ids]
+        + module.positions.weight[[0, 8, 1]]
+        + module.token_types.weight[types]
+    )
+    torch.testing.assert_close(module(ids, positions, types), expected)
+    # Without segments all tokens are of the first.
+    torch.testing.assert_close(
+        module(ids, positions, None), module(ids, positions, torch.zeros_like(types))
+    )
+
+
+def test_rotary_positions_are_a_complex_product(double_precision):
+    table = RotaryTable(config(rotary_base=100.0, max_positions=40))
+    positions = torch.tensor([0, 3, 39, 1], dtype=torch.int32)
+    x = torch.randn(4, 2, 8)
+    found = apply_rotary(x, *table(positions))
+    pairs = torch.complex(x[..., :4], x[..., 4:])
+    frequencies = 100.0 ** (-torch.arange(4) / 4)
+    turned = pairs * torch.exp(1j * positions[:, None, None] * frequencies)
+    torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], -1))
+
+
+@settings(max_examples=60)
+@given(
+    first=st.integers(0, 200), second=st.integers(0, 200), shift=st.integers(0, 300),
+    seed=st.integers(0, 99),
+)
+def test_rotary_scores_depend_on_the_distance_only(first: int, second: int, shift: int, seed: int):
+    with default_dtype(torch.float64):
+        table = RotaryTable(config())
+        q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(seed))
+
+        def score(a: int, b: int) -> float:
+            at_a, at_b = (table(torch.tensor([p], dtype=torch.int32)) for p in (a, b))
+            return float((apply_rotary(q, *at_a) * apply_rotary(k, *at_b)).sum())
+
+        assert score(first, second) == pytest.approx(score(first + shift, second + shift), abs=1e-9)
+        assert float(apply_rotary(q, *table(torch.tensor([first]))).norm()) == pytest.approx(
+            float(q.norm())
+        )
+
+
+def test_rotary_scores_do_depend_on_the_distance():
+    table = RotaryTable(config())
+    q = torch.ones(2, 1, 8)
+    turned = apply_rotary(q, *table(torch.tensor([0, 5])))
+    assert not torch.allclose(turned[0], turned[1])
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal"])
+def test_the_order_of_the_tokens_matters(positions: str):
+    model = small_model(positions=positions)
+    scores = model(pack([torch.tensor([1, 2, 3, 4]), torch.tensor([4, 2, 3, 1])]))
+    assert not torch.allclose(scores[0], scores[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "relu_squared", "swiglu"])
+def test_the_feed_forward_is_its_formula(activation: str, double_precision):
+    module = FeedForward(config(activation=activation))
+    x = torch.randn(5, 16)
+    up = x @ module.up.weight.T + module.up.bias
+    if activation == "gelu":
+        inner = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+    elif activation == "relu":
+        inner = torch.where(up > 0, up, 0)
+    elif activation == "relu_squared":
+        inner = torch.where(up > 0, up * up, 0)
+    else:
+        gate = x @ module.gate.weight.T + module.gate.bias
+        inner = gate / (1 + torch.exp(-gate)) * up
+    torch.testing.assert_close(module(x), inner @ module.down.weight.T + module.down.bias)
+    assert (module.gate is not None) == (activation == "swiglu")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_norms_are_their_formulas(bias: bool, double_precision):
+    x = 3 + 2 * torch.randn(4, 16)
+    layer = build_norm(config(norm="layernorm", norm_epsilon=0.01, bias=bias))
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 0.01)
+    torch.testing.assert_close(layer(x), expected)
+    assert (getattr(layer, "bias", None) is not None) == bias
+    rms = build_norm(config(norm="rmsnorm", norm_epsilon=0.01, bias=bias))
+    expected = x / torch.sqrt(x.square().mean(-1, keepdim=True) + 0.01)
+    torch.testing.assert_close(rms(x), expected)
+
+
+def test_stochastic_depth_drops_whole_sequences_and_keeps_the_mean():
+    torch.manual_seed(0)
+    module, layout = StochasticDepth(0.3).train(), SequenceLayout.from_lengths([1, 4, 2] * 5000)
+    out = module(torch.ones(layout.num_tokens, 2), layout)
+    kept = [part[0, 0].item() for part in out.split(list(layout.lengths))]
+    for value, part in zip(kept, out.split(list(layout.lengths)), strict=True):
+        assert value in (0.0, pytest.approx(1 / 0.7)) and (part == value).all()
+    share = sum(value > 0 for value in kept) / len(kept)
+    assert share == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / 15000))
+    assert torch.equal(module.eval()(torch.ones(7, 2), layout), torch.ones(7, 2))
+
+
+def test_stochastic_depth_grows_from_nothing_to_the_last_block():
+    encoder = Encoder(config(num_layers=4, stochastic_depth=0.6))
+    rates = [block.stochastic_depth.rate for block in encoder.blocks]
+    assert rates == pytest.approx([0.0, 0.2, 0.4, 0.6])
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_token_dropout_zeroes_whole_embeddings_and_keeps_the_mean(positions: str):
+    torch.manual_seed(0)
+    module = Embedding(config(token_dropout=0.25, positions=positions)).train()
+    ids, places = torch.full((20000,), 5), torch.zeros(20000, dtype=torch.int32)
+    added = module.positions.weight[0] if module.positions is not None else torch.zeros(16)
+    out = module(ids, places, None) - added
+    row = module.tokens.weight[5]
+    dropped = out.abs().amax(1) < 1e-6
+    torch.testing.assert_close(out[~dropped], (row / 0.75).expand(int((~dropped).sum()), -1))
+    assert float(dropped.float().mean()) == pytest.approx(
+        0.25, abs=4 * math.sqrt(0.25 * 0.75 / 20000)
+    )
+    torch.testing.assert_close(module.eval()(ids, places, None) - added, row.expand(20000, -1))
+
+
+@pytest.mark.parametrize("rate_name", ["dropout", "head_dropout", "token_dropout"])
+def test_each_dropout_acts_in_training_only(rate_name: str):
+    model = small_model(**{"dropout": 0.0, "head_dropout": 0.0, rate_name: 0.5})
+    batch = pack(random_sequences([8, 8]))
+    evaluated = model(batch)
+    assert torch.equal(evaluated, model(batch))
+    model.train()
+    assert not torch.allclose(model(batch), evaluated)
+
+
+def test_the_heads_dropout_is_the_models_unless_given():
+    assert small_model(dropout=0.5).head.dropout.p == 0.5
+    assert small_model(dropout=0.5, head_dropout=0.0).head.dropout.p == 0.0
+
+
+def expected_parameters(c: TransformerConfig) -> int:
+    """The count from the architecture alone."""
+    d, f, per_head = c.hidden_size, c.inner_size, c.head_size
+    kv = c.kv_heads * per_head
+    norm = d * (2 if c.norm == "layernorm" and c.bias else 1)
+    attention = d * d * 2 + 2 * d * kv + (2 * d + 2 * kv) * c.bias + 2 * per_head * c.qk_norm
+    matrices = 3 if c.activation == "swiglu" else 2
+    feed_forward = matrices * d * f + ((matrices - 1) * f + d) * c.bias
+    embedding = c.vocab_size * d + c.num_token_types * d
+    embedding += c.max_positions * d if c.positions == "learned" else 0
+    head = d * c.num_labels + c.num_labels + (d + 1 if c.pooling == "attention" else 0)
+    return embedding + norm + c.num_layers * (attention + feed_forward + 2 * norm) + head
+
+
+@settings(max_examples=60)
+@given(
+    options=st.fixed_dictionaries(
+        {
+            "num_layers": st.integers(1, 3),
+            "num_kv_heads": st.sampled_from([None, 1, 2]),
+            "feed_forward_size": st.sampled_from([None, 24]),
+            "activation": st.sampled_from(["gelu", "swiglu"]),
+            "norm": st.sampled_from(["layernorm", "rmsnorm"]),
+            "norm_placement": st.sampled_from(["pre", "post"]),
+            "positions": st.sampled_from(["rotary", "learned", "sinusoidal"]),
+            "num_token_types": st.sampled_from([0, 2]),
+            "qk_norm": st.booleans(),
+            "bias": st.booleans(),
+            "num_labels": st.integers(1, 4),
+            "pooling": st.sampled_from(["first", "mean", "attention"]),
+        }
+    )
+)
+def test_the_number_of_parameters_follows_from_the_architecture(options: dict[str, Any]):
+    c = config(**options)
+    model = Transformer.from_config(c)
+    assert model.config == c
+    assert sum(p.numel() for p in model.parameters()) == expected_parameters(c)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_inner_width_of_swiglu_costs_no_more_parameters():
+    plain, gated = config(hidden_size=96), config(hidden_size=96, activation="swiglu")
+    assert gated.inner_size % 16 == 0
+    assert 0 <= 3 * gated.inner_size - 2 * plain.inner_size < 3 * 16
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_at_the_start_zero_initialised_blocks_say_nothing(placement: str):
+    options = {"norm_placement": placement, "zero_init_residual": True, "dropout": 0.0}
+    torch.manual_seed(1)
+    model = Transformer(30, 3, 16, 2, **options).eval()
+    batch = pack([torch.randint(30, (6,)), torch.randint(30, (9,))])
+    before = model(batch)
+    with torch.no_grad():
+        for name, parameter in model.encoder.blocks.named_parameters():
+            if "attention.output.weight" in name or "feed_forward.down.weight" in name:
+                assert not parameter.any()
+            elif parameter.ndim == 2:
+                parameter.normal_()
+    torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-5)
+    # Gradients must still reach what starts at zero, or it would stay there.
+    model(batch).square().sum().backward()
+    for block in model.encoder.blocks:
+        assert block.attention.output.weight.grad.any()
+        assert block.feed_forward.down.weight.grad.any()
+
+
+def test_initial_weights_have_the_wanted_spread():
+    torch.manual_seed(0)
+    model = Transformer(500, 8, 128, 4, initializer_std=0.05)
+    block = model.encoder.blocks[3]
+    for weight in (
+        model.encoder.embedding.tokens.weight, block.attention.query.weight,
+        block.feed_forward.up.weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.05, rel=0.03)
+    for weight in (block.attention.output.weight, block.feed_forward.down.weight):
+        assert weight.std().item() == pytest.approx(0.05 / 4, rel=0.03)
+    assert not block.attention.query.bias.any() and not model.head.classifier.bias.any()
+
+
+def test_drawing_weights_anew_forgets_everything():
+    model = small_model(num_token_types=2, pooling="attention", qk_norm=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    torch.manual_seed(3)
+    model.reset_parameters()
+    assert not [name for name, p in model.named_parameters() if (p == 7.0).any()]
+    settings = {f: getattr(model.config, f) for f in model.config.__dataclass_fields__}
+    torch.manual_seed(3)
+    fresh = Transformer(**settings)
+    torch.manual_seed(3)
+    fresh.reset_parameters()
+    for (name, a), b in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 30, "num_heads": 4}, "30 is not a multiple of .*4.*3 heads|5 heads"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads 3"),
+        ({"hidden_size": 6, "num_heads": 2}, "even head size, not 3"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"stochastic_depth": -0.1}, "stochastic_depth"),
+        ({"head_dropout": 1.0}, "head_dropout"),
+        ({"activation": "glue"}, "activation is 'glue'.*'gelu'"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"num_labels": 0}, "num_labels"),
+        ({"feed_forward_size": 0}, "feed_forward_size"),
+        ({"num_kv_heads": 0}, "num_kv_heads"),
+        ({"num_kv_heads": -1}, "num_kv_heads"),
+        ({"num_token_types": -1}, "num_token_types"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused(options: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        config(**options)
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(UsageError, match="'poolng'.*'pooling'"):
+        Transformer(10, 1, 8, 2, poolng="mean")
+
+
+def test_a_sequence_beyond_the_positions_is_refused_with_both_lengths():
+    model = small_model(max_positions=8)
+    model(pack(random_sequences([8])))
+    with pytest.raises(UsageError, match="9 tokens.* 8 positions"):
+        model(pack(random_sequences([3, 9])))

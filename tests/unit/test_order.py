@@ -1,0 +1,129 @@
+"""The order of an epoch: nothing lost, nothing twice, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.core.seeds import derive_seed
+from hasten.data.order import cut_micro_batches, plan_epoch, steps_per_epoch
+
+LENGTHS = st.lists(
+    st.one_of(st.integers(1, 12), st.integers(1, 600)), min_size=1, max_size=120
+).map(lambda values: np.array(values, dtype=np.int64))
+BUDGET = st.integers(1, 1500)
+
+
+@settings(max_examples=300)
+@given(lengths=LENGTHS, budget=BUDGET, seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
+def test_an_epoch_holds_every_example_once_in_as_many_batches_each_time(
+    lengths: np.ndarray, budget: int, seed: int, epoch: int
+):
+    batches = plan_epoch(lengths, seed=seed, epoch=epoch, tokens_per_step=budget)
+    assert len(batches) == steps_per_epoch(lengths, budget)
+    assert all(len(batch) for batch in batches)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    again = plan_epoch(lengths.copy(), seed=seed, epoch=epoch, tokens_per_step=budget)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+@settings(max_examples=300)
+@given(lengths=LENGTHS, budget=BUDGET, seed=st.integers(0, 2**40))
+def test_a_batch_exceeds_its_quota_by_less_than_one_example(
+    lengths: np.ndarray, budget: int, seed: int
+):
+    batches = plan_epoch(lengths, seed=seed, epoch=0, tokens_per_step=budget)
+    quota = lengths.sum() / len(batches)
+    # There are as many batches as the budget asks for, unless each holds one example already.
+    assert quota <= budget or len(batches) == len(lengths)
+    for batch in batches:
+        tokens = lengths[batch].sum()
+        assert tokens < quota + lengths[batch].max() or len(batch) == 1
+
+
+@given(budget=st.integers(10, 400))
+def test_batches_of_equal_examples_are_equal(budget: int):
+    sizes = [len(b) for b in plan_epoch(np.full(200, 5), seed=1, epoch=0, tokens_per_step=budget)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_epochs_and_seeds_differ_and_are_shuffled():
+    lengths = np.arange(1, 200)
+    orders = {
+        tuple(np.concatenate(plan_epoch(lengths, seed=s, epoch=e, tokens_per_step=500)).tolist())
+        for s in range(4)
+        for e in range(4)
+    }
+    assert len(orders) == 16
+    assert tuple(range(199)) not in orders
+
+
+def test_the_order_does_not_depend_on_the_lengths_of_other_batches():
+    """The permutation is of example numbers alone, so a budget only moves the cuts."""
+    lengths = np.arange(1, 100)
+    small, large = (
+        np.concatenate(plan_epoch(lengths, seed=3, epoch=1, tokens_per_step=n)).tolist()
+        for n in (50, 5000)
+    )
+    assert small == large
+
+
+def test_the_place_of_an_example_is_uniform():
+    first = np.zeros(10)
+    for epoch in range(2000):
+        batches = plan_epoch(np.full(10, 3), seed=0, epoch=epoch, tokens_per_step=3)
+        first[batches[0][0]] += 1
+    assert ((first - 200) ** 2 / 200).sum() < 33  # chi-squared, 9 degrees of freedom, p = 1e-4
+
+
+def test_another_process_plans_the_same_epoch():
+    code = (
+        "import numpy as np, hashlib; from hasten.data.order import plan_epoch; "
+        "b = plan_epoch(np.arange(1, 900), seed=7, epoch=3, tokens_per_step=999); "
+        "print(hashlib.sha256(repr([x.tolist() for x in b]).encode()).hexdigest())"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    batches = plan_epoch(np.arange(1, 900), seed=7, epoch=3, tokens_per_step=999)
+    own = hashlib.sha256(repr([x.tolist() for x in batches]).encode()).hexdigest()
+    assert printed.strip() == own
+
+
+@settings(max_examples=300)
+@given(lengths=LENGTHS, budget=BUDGET, data=st.data())
+def test_micro_batches_part_the_batch_within_the_budget(lengths: np.ndarray, budget: int, data):
+    chosen = data.draw(
+        st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True), label="batch"
+    )
+    pieces = cut_micro_batches(np.array(chosen), lengths, budget)
+    assert sorted(np.concatenate(pieces).tolist()) == sorted(chosen)
+    for piece in pieces:
+        assert len(piece)
+        assert lengths[piece].sum() <= budget or len(piece) == 1
+    in_order = lengths[np.concatenate(pieces)]
+    assert (np.diff(in_order) >= 0).all()
+    for piece, following in zip(pieces, pieces[1:], strict=False):  # no piece is cut too early
+        assert lengths[piece].sum() + lengths[following[0]] > budget
+    # The order in which the batch lists its examples is of no account.
+    again = cut_micro_batches(np.array(chosen[::-1]), lengths, budget)
+    assert [p.tolist() for p in again] == [p.tolist() for p in pieces]
+
+
+@given(st.lists(st.one_of(st.integers(0, 10**9), st.text(max_size=5)), min_size=1, max_size=4))
+def test_seeds_are_in_range_and_depend_on_every_part(parts: list[int | str]):
+    seed = derive_seed(*parts)
+    assert 0 <= seed < 2**63
+    assert seed == derive_seed(*parts)
+    for i, part in enumerate(parts):
+        other = part + 1 if isinstance(part, int) else part + "x"
+        assert derive_seed(*parts[:i], other, *parts[i + 1 :]) != seed
+    if parts != parts[::-1]:
+        assert derive_seed(*parts[::-1]) != seed
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert derive_seed(1) != derive_seed("1")
