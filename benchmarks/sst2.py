@@ -114,7 +114,7 @@ def print_table(result: dict[str, Any]) -> None:
         )
     baseline = result["medians"].get("tfidf_accuracy")
     if baseline is None:
-        print("TF-IDF + logistic regression: not measured (needs scikit-learn)")
+        print("TF-IDF + logistic regression: not measured")
     else:
         print(f"TF-IDF + logistic regression: {baseline:.4f}")
 

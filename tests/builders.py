@@ -89,11 +89,27 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 WORDS = {
-    "fruit": "apple pear plum cherry grape melon fig lemon".split(),
-    "tool": "hammer saw drill wrench plane chisel file vice".split(),
-    "bird": "heron robin finch wren eagle swift crow owl".split(),
+    "fruit": ["apple", "pear", "plum", "cherry", "grape", "melon", "fig", "lemon"],
+    "tool": ["hammer", "saw", "drill", "wrench", "plane", "chisel", "file", "vice"],
+    "bird": ["heron", "robin", "finch", "wren", "eagle", "swift", "crow", "owl"],
 }
-COMMON = "the a one was is very old new big small and with near red two".split()
+COMMON = [
+    "the",
+    "a",
+    "one",
+    "was",
+    "is",
+    "very",
+    "old",
+    "new",
+    "big",
+    "small",
+    "and",
+    "with",
+    "near",
+    "red",
+    "two",
+]
 
 
 def write_rows(path: Path, rows: Sequence[Sequence[str]], header: Sequence[str]) -> Path:
@@ -130,10 +146,12 @@ TINY: dict[str, Any] = {
     "model.num_layers": 2,
     "model.hidden_size": 32,
     "model.num_heads": 2,
+    "model.pooling": "mean",
+    "optim.schedule": "linear",
     "train.num_threads": 1,
     "eval.baseline": False,
 }
-"""Settings of a run that takes about a second."""
+"""Settings of a run that takes about a second; each test adds what it is about."""
 
 
 class Recorder:
@@ -158,5 +176,10 @@ class Recorder:
         self.evaluations.append(info)
 
 
-STILL = {"model.dropout": 0.0, "model.token_dropout": 0.0, "model.head_dropout": 0.0}
+STILL = {
+    "tokenizer.dropout": 0.0,
+    "model.dropout": 0.0,
+    "model.token_dropout": 0.0,
+    "model.head_dropout": 0.0,
+}
 """No dropout anywhere."""

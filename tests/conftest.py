@@ -8,9 +8,9 @@ from collections.abc import Iterator
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch, and for child processes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402 - the environment comes first
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
 # The same examples in every run: a test that fails now and then is no proof of anything.
 settings.register_profile("hasten", derandomize=True, deadline=None, database=None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import default_dtype
 from torch import nn
 
+from builders import default_dtype
 from hasten.core.batch import SequenceLayout
 from hasten.model.config import TransformerConfig
 from hasten.model.transformer import Block
@@ -38,16 +38,28 @@ def test_a_block_equals_torchs_layer(placement: str, activation: str, lengths: l
     with default_dtype(torch.float64):
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(
-            WIDTH, HEADS, INNER, 0.1, activation, batch_first=True,
+            WIDTH,
+            HEADS,
+            INNER,
+            0.1,
+            activation,
+            batch_first=True,
             norm_first=placement == "pre",
         )
         for parameter in layer.parameters():  # norms and biases away from ones and zeros
             nn.init.normal_(parameter, mean=0.1, std=0.5)
         block = Block(
             TransformerConfig(
-                vocab_size=1, num_layers=1, hidden_size=WIDTH, num_heads=HEADS,
-                feed_forward_size=INNER, activation=activation, norm="layernorm",  # pyright: ignore
-                norm_placement=placement, bias=True, dropout=0.1,  # pyright: ignore
+                vocab_size=1,
+                num_layers=1,
+                hidden_size=WIDTH,
+                num_heads=HEADS,
+                feed_forward_size=INNER,
+                activation=activation,
+                norm="layernorm",  # pyright: ignore
+                norm_placement=placement,
+                bias=True,
+                dropout=0.1,  # pyright: ignore
             )
         )
         copy_weights(layer, block)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import pack, random_sequences, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import pack, random_sequences, small_model
 from hasten.core.batch import (
     PackedBatch,
     SequenceLayout,

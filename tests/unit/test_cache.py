@@ -112,20 +112,20 @@ cached("kind", "key", build)
     assert names(cached("kind", "key", lambda folder: (folder / "whole").touch())) == ["whole"]
 
 
-def test_the_least_recently_used_entries_go_first(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_least_recently_used_entries_go_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "_CAP_BYTES", 2500)
 
     def fill(folder: Path) -> None:
         (folder / "a").write_bytes(b"x" * 1000)
 
+    (own_cache / "stdin-1").mkdir()  # no entry: what another process reads from a pipe
+    (own_cache / "stdin-1" / "a").write_bytes(b"x" * 5000)
     for number, key in enumerate(["one", "two"]):
         os.utime(cached("kind", key, fill), (1000 + number, 1000 + number))
     cached("kind", "one", fill)  # used again: now the newer
     cached("kind", "three", fill)
     entries = [n for n in names(own_cache) if not n.endswith(".lock")]
-    assert entries == ["kind-one", "kind-three"]
+    assert entries == ["kind-one", "kind-three", "stdin-1"]
 
 
 def test_the_newest_entry_stays_even_above_the_cap(
@@ -159,8 +159,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_keys_depend_on_every_part():
     base = {"a": [1, 2], "b": "x"}
     keys = {
-        content_key(**base), content_key(**{**base, "a": [2, 1]}), content_key(**{**base, "b": "y"}),
-        content_key(a=[1, 2], b="x", c=None), content_key(a=[1, 2], c="x"),
+        content_key(**base),
+        content_key(**{**base, "a": [2, 1]}),
+        content_key(**{**base, "b": "y"}),
+        content_key(a=[1, 2], b="x", c=None),
+        content_key(a=[1, 2], c="x"),
     }
     assert len(keys) == 5
     assert content_key(b="x", a=[1, 2]) == content_key(**base)
@@ -250,8 +253,9 @@ def test_waiting_for_a_lock_ends_when_it_is_released(tmp_path: Path):
     ("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "--output")]
 )
 def test_disk_and_permission_errors_say_where_and_what_to_do(number: int, advice: str):
-    with pytest.raises(MachineError, match=rf"writing it: /x/y: .*{advice}"), machine_errors(
-        "writing it"
+    with (
+        pytest.raises(MachineError, match=rf"writing it: /x/y: .*{advice}"),
+        machine_errors("writing it"),
     ):
         raise OSError(number, os.strerror(number), "/x/y")
     with pytest.raises(OSError, match="Input/output"), machine_errors("writing it"):

@@ -81,7 +81,11 @@ def test_every_preset_is_valid_and_says_something(name: str):
 
 def test_the_article_preset_is_the_model_of_2017():
     config = build_config(preset="article")
-    assert (config.model.num_layers, config.model.hidden_size, config.model.num_heads) == (6, 512, 8)
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_heads) == (
+        6,
+        512,
+        8,
+    )
     assert config.model.activation == "relu" and config.model.norm_placement == "post"
     assert config.model.positions == "learned" and config.model.dropout == 0.1
     assert (config.optim.optimizer, config.train.learning_rate) == ("adam", 1e-3)
@@ -132,7 +136,7 @@ def test_a_wrong_file_is_refused_in_one_line(
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path):
-    with pytest.raises(UsageError, match="nothing.yaml: no such"):
+    with pytest.raises(UsageError, match=r"nothing.yaml: no such"):
         build_config(file=tmp_path / "nothing.yaml")
     with pytest.raises(UsageError, match="cannot be read"):
         build_config(file=tmp_path)
@@ -160,8 +164,12 @@ def test_text_columns_may_be_names_or_numbers(columns: str, tmp_path: Path):
 
 
 SAMPLES: dict[str, Any] = {
-    "preset": "tiny", "data.header": True, "data.text_columns": ("a", "1"),
-    "optim.betas": (0.8, 0.95), "data.delimiter": "\t", "data.label_column": "yes",
+    "preset": "tiny",
+    "data.header": True,
+    "data.text_columns": ("a", "1"),
+    "optim.betas": (0.8, 0.95),
+    "data.delimiter": "\t",
+    "data.label_column": "yes",
 }
 
 
@@ -215,13 +223,15 @@ def test_every_word_of_a_choice_can_be_written_as_a_flag(key: str):
 
 
 def test_none_unsets_what_may_be_unset():
-    config = replace_values(RunConfig(), {"data.test": "a.csv", "optim.betas": (0.5, 0.5)})
-    config = replace_values(config, {"data.test": "none", "optim.betas": "null"})
+    config = replace_values(RunConfig(), {"data.test": "a.csv", "optim.momentum": 0.5})
+    config = replace_values(config, {"data.test": "none", "optim.momentum": "null"})
     assert config == RunConfig()
 
 
 def test_a_resolved_configuration_with_a_preset_reads_back_to_itself(tmp_path: Path):
-    config = build_config(preset="article", overrides={"model.num_layers": 2, "data.train": "é.csv"})
+    config = build_config(
+        preset="article", overrides={"model.num_layers": 2, "data.train": "é.csv"}
+    )
     again = build_config(file=write(tmp_path, config_to_yaml(config)))
     assert again == config
 
@@ -246,7 +256,9 @@ def test_a_configuration_is_immutable_and_small_enough_to_know():
     for name, section in SECTIONS.items():
         assert 0 < len(section.model_fields) <= 25, name
     assert set(SECTIONS) == {
-        name for name, field in RunConfig.model_fields.items() if field.annotation in SECTIONS.values()
+        name
+        for name, field in RunConfig.model_fields.items()
+        if field.annotation in SECTIONS.values()
     }
 
 
@@ -285,7 +297,12 @@ def test_model_settings_admit_what_the_model_admits():
         if words:
             assert set(literals(ModelConfig.model_fields[field.name].annotation)) == set(words)
     given_elsewhere = {
-        "vocab_size", "max_positions", "num_token_types", "num_labels", "norm_epsilon", "rotary_base",
+        "vocab_size",
+        "max_positions",
+        "num_token_types",
+        "num_labels",
+        "norm_epsilon",
+        "rotary_base",
     }
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert set(ModelConfig.model_fields) == names - given_elsewhere

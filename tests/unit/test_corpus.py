@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import labelled_rows, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from builders import labelled_rows, write_rows
 from hasten.core.errors import DataError
 from hasten.data import corpus as corpus_module
 from hasten.data.corpus import Corpus, check_rejected, held_out_rows, open_corpus
@@ -75,7 +75,9 @@ class TestReading:
     @given(
         cells=st.lists(
             st.tuples(
-                st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8),
+                st.text(
+                    st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8
+                ),
                 st.sampled_from(["a", "b", "", "  ", "NA", "null"]),
             ),
             min_size=2,
@@ -97,9 +99,7 @@ class TestReading:
 def test_a_file_is_parsed_once(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     builds = []
     original = corpus_module._build
-    monkeypatch.setattr(
-        corpus_module, "_build", lambda *args: builds.append(1) or original(*args)
-    )
+    monkeypatch.setattr(corpus_module, "_build", lambda *args: builds.append(1) or original(*args))
     rows = labelled_rows(30)
     first = from_rows(tmp_path, rows)
     again = from_rows(tmp_path, rows, "other-name.csv")
@@ -205,7 +205,8 @@ def test_a_class_keeps_a_row_to_train_on(own_cache: Path, tmp_path: Path):
 @given(
     rows=st.lists(
         st.tuples(st.integers(0, 6).map("text {}".format), st.sampled_from("abcd")),
-        min_size=2, max_size=40,
+        min_size=2,
+        max_size=40,
     ),
     fraction=st.sampled_from([0.1, 0.3, 0.5, 0.95]),
 )

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from builders import default_dtype, pack, random_sequences, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import default_dtype, pack, random_sequences, small_model
 from hasten.core.batch import SequenceLayout
 from hasten.core.errors import UsageError
 from hasten.model.config import TransformerConfig
 from hasten.model.layers import (
+    Dropout,
     Embedding,
     FeedForward,
     RotaryTable,
@@ -84,7 +85,9 @@ def test_rotary_positions_are_a_complex_product(double_precision):
 
 @settings(max_examples=60)
 @given(
-    first=st.integers(0, 200), second=st.integers(0, 200), shift=st.integers(0, 300),
+    first=st.integers(0, 200),
+    second=st.integers(0, 200),
+    shift=st.integers(0, 300),
     seed=st.integers(0, 99),
 )
 def test_rotary_scores_depend_on_the_distance_only(first: int, second: int, shift: int, seed: int):
@@ -192,8 +195,52 @@ def test_each_dropout_acts_in_training_only(rate_name: str):
 
 
 def test_the_heads_dropout_is_the_models_unless_given():
-    assert small_model(dropout=0.5).head.dropout.p == 0.5
-    assert small_model(dropout=0.5, head_dropout=0.0).head.dropout.p == 0.0
+    assert small_model(dropout=0.5).head.dropout.rate == 0.5
+    assert small_model(dropout=0.5, head_dropout=0.0).head.dropout.rate == 0.0
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.5, 0.9])
+def test_dropout_zeroes_each_element_by_itself_and_keeps_the_mean(rate: float):
+    torch.manual_seed(0)
+    count = 400_003  # no multiple of the four elements that share a draw
+    x = torch.linspace(1, 2, count).requires_grad_()
+    out = Dropout(rate).train()(x)
+    kept = out.detach() != 0
+    torch.testing.assert_close(out[kept], x[kept] / (1 - rate), rtol=2e-4, atol=0)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach() / x.detach())
+    dropped = (~kept).double()
+
+    def assert_mean(values: torch.Tensor, wanted: float) -> None:
+        error = 5 * math.sqrt(wanted * (1 - wanted) / len(values)) + 2 / 65536
+        assert values.mean().item() == pytest.approx(wanted, abs=error)
+
+    assert_mean(dropped, rate)
+    for lane in range(4):
+        assert_mean(dropped[lane::4], rate)
+    for distance in (1, 2, 3, 4, 5, 8):  # neighbours, and those of one draw, know nothing of it
+        assert_mean(dropped[:-distance] * dropped[distance:], rate * rate)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (0, 4), (2, 3, 7)])
+def test_dropout_takes_any_shape_and_type(shape: tuple[int, ...]):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = torch.ones(shape, dtype=dtype)
+        out = Dropout(0.5).train()(x)
+        assert out.shape == x.shape and out.dtype == dtype
+        assert set(out.flatten().tolist()) <= {0.0, 2.0}
+        assert Dropout(0.5).eval()(x) is x and Dropout(0.0).train()(x) is x
+
+
+def test_dropout_repeats_from_the_same_seed_whatever_the_rate_may_be():
+    x = torch.ones(1000)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(Dropout(0.3).train()(x))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    for rate in (1e-9, 0.9999999):  # within what a configuration admits
+        assert torch.isfinite(Dropout(rate).train()(x)).all()
 
 
 def expected_parameters(c: TransformerConfig) -> int:
@@ -269,7 +316,8 @@ def test_initial_weights_have_the_wanted_spread():
     model = Transformer(500, 8, 128, 4, initializer_std=0.05)
     block = model.encoder.blocks[3]
     for weight in (
-        model.encoder.embedding.tokens.weight, block.attention.query.weight,
+        model.encoder.embedding.tokens.weight,
+        block.attention.query.weight,
         block.feed_forward.up.weight,
     ):
         assert weight.std().item() == pytest.approx(0.05, rel=0.03)
@@ -319,12 +367,12 @@ def test_an_architecture_that_does_not_fit_is_refused(options: dict[str, Any], m
 
 
 def test_an_unknown_option_names_the_nearest():
-    with pytest.raises(UsageError, match="'poolng'.*'pooling'"):
+    with pytest.raises(UsageError, match=r"'poolng'.*'pooling'"):
         Transformer(10, 1, 8, 2, poolng="mean")
 
 
 def test_a_sequence_beyond_the_positions_is_refused_with_both_lengths():
     model = small_model(max_positions=8)
     model(pack(random_sequences([8])))
-    with pytest.raises(UsageError, match="9 tokens.* 8 positions"):
+    with pytest.raises(UsageError, match=r"9 tokens.* 8 positions"):
         model(pack(random_sequences([3, 9])))

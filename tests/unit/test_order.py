@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 import sys
 
@@ -24,11 +25,15 @@ BUDGET = st.integers(1, 1500)
 def test_an_epoch_holds_every_example_once_in_as_many_batches_each_time(
     lengths: np.ndarray, budget: int, seed: int, epoch: int
 ):
-    batches = plan_epoch(lengths, seed=seed, epoch=epoch, tokens_per_step=budget)
+    batches = plan_epoch(
+        lengths, seed=seed, epoch=epoch, num_batches=steps_per_epoch(lengths, budget)
+    )
     assert len(batches) == steps_per_epoch(lengths, budget)
     assert all(len(batch) for batch in batches)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    again = plan_epoch(lengths.copy(), seed=seed, epoch=epoch, tokens_per_step=budget)
+    again = plan_epoch(
+        lengths.copy(), seed=seed, epoch=epoch, num_batches=steps_per_epoch(lengths, budget)
+    )
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
@@ -37,7 +42,7 @@ def test_an_epoch_holds_every_example_once_in_as_many_batches_each_time(
 def test_a_batch_exceeds_its_quota_by_less_than_one_example(
     lengths: np.ndarray, budget: int, seed: int
 ):
-    batches = plan_epoch(lengths, seed=seed, epoch=0, tokens_per_step=budget)
+    batches = plan_epoch(lengths, seed=seed, epoch=0, num_batches=steps_per_epoch(lengths, budget))
     quota = lengths.sum() / len(batches)
     # There are as many batches as the budget asks for, unless each holds one example already.
     assert quota <= budget or len(batches) == len(lengths)
@@ -46,16 +51,38 @@ def test_a_batch_exceeds_its_quota_by_less_than_one_example(
         assert tokens < quota + lengths[batch].max() or len(batch) == 1
 
 
+@settings(max_examples=200)
+@given(lengths=LENGTHS, other=st.integers(0, 99), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_as_many_batches_as_asked_for_whatever_the_lengths(
+    lengths: np.ndarray, other: int, share: float, seed: int
+):
+    """Where words are cut anew each epoch, lengths change and the number of steps must not."""
+    lengths = np.random.default_rng(other).permutation(lengths)
+    num_batches = max(1, round(share * len(lengths)))
+    batches = plan_epoch(lengths, seed=seed, epoch=0, num_batches=num_batches)
+    assert len(batches) == num_batches and all(len(batch) for batch in batches)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+
+
 @given(budget=st.integers(10, 400))
 def test_batches_of_equal_examples_are_equal(budget: int):
-    sizes = [len(b) for b in plan_epoch(np.full(200, 5), seed=1, epoch=0, tokens_per_step=budget)]
+    sizes = [
+        len(b)
+        for b in plan_epoch(
+            np.full(200, 5), seed=1, epoch=0, num_batches=steps_per_epoch(np.full(200, 5), budget)
+        )
+    ]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_epochs_and_seeds_differ_and_are_shuffled():
     lengths = np.arange(1, 200)
     orders = {
-        tuple(np.concatenate(plan_epoch(lengths, seed=s, epoch=e, tokens_per_step=500)).tolist())
+        tuple(
+            np.concatenate(
+                plan_epoch(lengths, seed=s, epoch=e, num_batches=steps_per_epoch(lengths, 500))
+            ).tolist()
+        )
         for s in range(4)
         for e in range(4)
     }
@@ -67,7 +94,9 @@ def test_the_order_does_not_depend_on_the_lengths_of_other_batches():
     """The permutation is of example numbers alone, so a budget only moves the cuts."""
     lengths = np.arange(1, 100)
     small, large = (
-        np.concatenate(plan_epoch(lengths, seed=3, epoch=1, tokens_per_step=n)).tolist()
+        np.concatenate(
+            plan_epoch(lengths, seed=3, epoch=1, num_batches=steps_per_epoch(lengths, n))
+        ).tolist()
         for n in (50, 5000)
     )
     assert small == large
@@ -76,7 +105,9 @@ def test_the_order_does_not_depend_on_the_lengths_of_other_batches():
 def test_the_place_of_an_example_is_uniform():
     first = np.zeros(10)
     for epoch in range(2000):
-        batches = plan_epoch(np.full(10, 3), seed=0, epoch=epoch, tokens_per_step=3)
+        batches = plan_epoch(
+            np.full(10, 3), seed=0, epoch=epoch, num_batches=steps_per_epoch(np.full(10, 3), 3)
+        )
         first[batches[0][0]] += 1
     assert ((first - 200) ** 2 / 200).sum() < 33  # chi-squared, 9 degrees of freedom, p = 1e-4
 
@@ -84,13 +115,13 @@ def test_the_place_of_an_example_is_uniform():
 def test_another_process_plans_the_same_epoch():
     code = (
         "import numpy as np, hashlib; from hasten.data.order import plan_epoch; "
-        "b = plan_epoch(np.arange(1, 900), seed=7, epoch=3, tokens_per_step=999); "
+        "b = plan_epoch(np.arange(1, 900), seed=7, epoch=3, num_batches=300); "
         "print(hashlib.sha256(repr([x.tolist() for x in b]).encode()).hexdigest())"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    batches = plan_epoch(np.arange(1, 900), seed=7, epoch=3, tokens_per_step=999)
+    batches = plan_epoch(np.arange(1, 900), seed=7, epoch=3, num_batches=300)
     own = hashlib.sha256(repr([x.tolist() for x in batches]).encode()).hexdigest()
     assert printed.strip() == own
 
@@ -108,7 +139,7 @@ def test_micro_batches_part_the_batch_within_the_budget(lengths: np.ndarray, bud
         assert lengths[piece].sum() <= budget or len(piece) == 1
     in_order = lengths[np.concatenate(pieces)]
     assert (np.diff(in_order) >= 0).all()
-    for piece, following in zip(pieces, pieces[1:], strict=False):  # no piece is cut too early
+    for piece, following in itertools.pairwise(pieces):  # no piece is cut too early
         assert lengths[piece].sum() + lengths[following[0]] > budget
     # The order in which the batch lists its examples is of no account.
     again = cut_micro_batches(np.array(chosen[::-1]), lengths, budget)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import default_dtype, gradients, pack, random_sequences, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from builders import default_dtype, gradients, pack, random_sequences, small_model
 from hasten.model.transformer import Transformer
 
 # Short lengths often repeat (views), long ones differ much (several groups, padding).

@@ -29,8 +29,11 @@ def batch_of(targets: list[int]) -> PackedBatch:
     n = len(targets)
     zeros = torch.zeros(n, dtype=torch.int64)
     return PackedBatch(
-        token_ids=zeros, positions=zeros.int(), layout=SequenceLayout.from_lengths([1] * n),
-        example_ids=zeros, targets=torch.tensor(targets),
+        token_ids=zeros,
+        positions=zeros.int(),
+        layout=SequenceLayout.from_lengths([1] * n),
+        example_ids=zeros,
+        targets=torch.tensor(targets),
     )
 
 
@@ -81,12 +84,12 @@ def test_the_loss_is_its_formula(targets, kind, gamma, smoothing, weights, seed)
 )
 def test_sum_over_weight_is_torchs_mean(targets, smoothing, weights):
     scores = torch.randn(len(targets), 3, dtype=torch.float64)
-    task = TextClassification(
-        ("a", "b", "c"), LossSettings(label_smoothing=smoothing), weights
-    )
+    task = TextClassification(("a", "b", "c"), LossSettings(label_smoothing=smoothing), weights)
     mine = task.loss_sum(scores, batch_of(targets)) / task.unit_weights(np.array(targets)).sum()
     theirs = torch.nn.functional.cross_entropy(
-        scores, torch.tensor(targets), label_smoothing=smoothing,
+        scores,
+        torch.tensor(targets),
+        label_smoothing=smoothing,
         weight=None if weights is None else torch.tensor(weights, dtype=torch.float64),
     )
     assert mine.item() == pytest.approx(theirs.item(), abs=1e-12)
@@ -138,13 +141,12 @@ def test_metrics_are_scikit_learns(data, num_classes: int, count: int):
     assert found["num_examples"] == count
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(targets, guesses))
     if occurring:
-        expected = sk.f1_score(
-            targets, guesses, labels=occurring, average="macro", zero_division=0
-        )
+        expected = sk.f1_score(targets, guesses, labels=occurring, average="macro", zero_division=0)
         assert found["macro_f1"] == pytest.approx(expected)
         known = [i for i, t in enumerate(targets) if t != UNSEEN]
         loss = sk.log_loss(
-            [targets[i] for i in known], scores.softmax(-1)[known].numpy(),
+            [targets[i] for i in known],
+            scores.softmax(-1)[known].numpy(),
             labels=list(range(num_classes)),
         )
         assert found["loss"] == pytest.approx(loss)

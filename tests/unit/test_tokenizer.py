@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import labelled_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from builders import labelled_rows
 from hasten.core.errors import DamagedError, DataError, UsageError
 from hasten.data.tokenizer import (
     KINDS,
@@ -26,12 +26,21 @@ from hasten.data.tokenizer import (
 from hasten.data.tokens import EncodingFormat, encode_texts
 
 CHINESE = [
-    "我喜欢学习新的语言。", "今天天气很好，我们去公园吧！", "机器学习需要很多数据。",
-    "他们在北京大学学习语言。", "这本书很有意思，我很喜欢。", "今天我们学习机器翻译。",
+    "我喜欢学习新的语言。",
+    "今天天气很好，我们去公园吧！",
+    "机器学习需要很多数据。",
+    "他们在北京大学学习语言。",
+    "这本书很有意思，我很喜欢。",
+    "今天我们学习机器翻译。",
 ]
 ENGLISH = [text for text, _ in labelled_rows(150)]
 CORPUS = [
-    *ENGLISH, *CHINESE * 3, "Don't stop: it's 3.14 (or so)!", "naïve café", "a\nb\tc", "a\nb\tc"
+    *ENGLISH,
+    *CHINESE * 3,
+    "Don't stop: it's 3.14 (or so)!",
+    "naïve café",
+    "a\nb\tc",
+    "a\nb\tc",
 ]
 
 
@@ -52,10 +61,17 @@ def train_in_child(kind: str, threads: int) -> str:
         "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
     }
     # Many ties between equally frequent pairs, more than one thread's share of texts.
-    texts = [*CORPUS, *(f"w{i % 97} x{i % 89} 字{chr(0x4E00 + i % 61)}{i % 83}" for i in range(900))]
+    texts = [
+        *CORPUS,
+        *(f"w{i % 97} x{i % 89} 字{chr(0x4E00 + i % 61)}{i % 83}" for i in range(900)),
+    ]
     return subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps([kind, texts]), capture_output=True,
-        text=True, check=True, env=environment,
+        [sys.executable, "-c", code],
+        input=json.dumps([kind, texts]),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     ).stdout
 
 
@@ -106,9 +122,7 @@ def _cached(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("text", [*CHINESE, ENGLISH[0], "naïve café"])
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
-def test_what_is_encoded_can_be_read_back(
-    kind: str, text: str, tokenizers: dict[str, Tokenizer]
-):
+def test_what_is_encoded_can_be_read_back(kind: str, text: str, tokenizers: dict[str, Tokenizer]):
     tokenizer = tokenizers[kind]
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert unknown_id(tokenizer) not in ids

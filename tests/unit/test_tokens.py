@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import labelled_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from builders import labelled_rows, write_rows
 from hasten.core.errors import UsageError
 from hasten.data import tokens as tokens_module
 from hasten.data.corpus import open_corpus
@@ -188,7 +188,9 @@ def test_a_row_of_which_nothing_is_left_is_one_unknown_token():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_packing_lays_the_examples_end_to_end(form: EncodingFormat, own_cache: Path, tmp_path: Path):
+def test_packing_lays_the_examples_end_to_end(
+    form: EncodingFormat, own_cache: Path, tmp_path: Path
+):
     corpus = pair_corpus(tmp_path)
     rows = list(corpus.texts())
     tokenizer = train_tokenizer([c for row in rows for c in row], kind="bpe", vocab_size=300)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import STILL, TINY, Recorder, default_dtype, write_labelled
 from torch import Tensor, nn
 
+from builders import STILL, TINY, Recorder, default_dtype, write_labelled
 from hasten.config.load import build_config
-from hasten.data.order import cut_micro_batches, plan_epoch
+from hasten.data.order import cut_micro_batches, plan_epoch, steps_per_epoch
 from hasten.data.packing import pack_examples
 from hasten.optim.state import flatten_optimizer_state
 from hasten.task.text_classification import UNSEEN, TextClassification
@@ -36,7 +36,7 @@ def make_loop(data_file: Path, folder: Path, **settings: Any) -> Loop:
 
 def batches_of(loop: Loop) -> list[np.ndarray]:
     lengths = loop.train.lengths
-    batches = plan_epoch(lengths, seed=0, epoch=0, tokens_per_step=400)
+    batches = plan_epoch(lengths, seed=0, epoch=0, num_batches=steps_per_epoch(lengths, 400))
     return [loop.train.rows[batch] for batch in batches]
 
 
@@ -58,7 +58,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"train.loss": "focal", "train.class_weights": "balanced"},
     {"train.l1": 1e-3, "train.l2": 1e-2, "train.gradient_clip": 0.1},
     {
-        "optim.optimizer": "sgd", "train.gradient_clip": 0.0, "train.learning_rate": 0.1,
+        "optim.optimizer": "sgd",
+        "train.gradient_clip": 0.0,
+        "train.learning_rate": 0.1,
         "model.pooling": "attention",
     },
 ]
@@ -70,7 +72,12 @@ VARIANTS: list[dict[str, Any]] = [
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"]
 )
 def test_the_size_of_a_micro_batch_does_not_matter(
-    data_file: Path, tmp_path: Path, variant: dict, dtype: torch.dtype, tolerance: float, unseen: bool
+    data_file: Path,
+    tmp_path: Path,
+    variant: dict,
+    dtype: torch.dtype,
+    tolerance: float,
+    unseen: bool,
 ):
     found = []
     for micro_batch_tokens in (100000, 150, 1):
@@ -101,8 +108,10 @@ def test_the_loss_is_the_mean_over_the_whole_batch(data_file: Path, tmp_path: Pa
     assert isinstance(task, TextClassification) and task.class_weights is not None
     with torch.no_grad():
         expected = nn.functional.cross_entropy(
-            loop.parts.model.eval()(batch), batch.targets,
-            weight=torch.tensor(task.class_weights), label_smoothing=0.1,
+            loop.parts.model.eval()(batch),
+            batch.targets,
+            weight=torch.tensor(task.class_weights),
+            label_smoothing=0.1,
         )
     result = run_step(loop.parts, loop.train, examples, 0)
     assert result.loss == pytest.approx(expected.item(), abs=1e-6)
@@ -113,9 +122,15 @@ def test_the_loss_is_the_mean_over_the_whole_batch(data_file: Path, tmp_path: Pa
 def test_penalties_enter_once_a_step(data_file: Path, tmp_path: Path, micro_batch_tokens: int):
     """With sgd at rate 1 the step is the gradient: without data it is the penalty's alone."""
     settings = {
-        **STILL, "optim.optimizer": "sgd", "optim.momentum": 0.0, "train.learning_rate": 1.0,
-        "optim.schedule": "constant", "optim.warmup_fraction": 0.0, "optim.weight_decay": 0.0,
-        "train.gradient_clip": 0.0, "train.micro_batch_tokens": micro_batch_tokens,
+        **STILL,
+        "optim.optimizer": "sgd",
+        "optim.momentum": 0.0,
+        "train.learning_rate": 1.0,
+        "optim.schedule": "constant",
+        "optim.warmup_fraction": 0.0,
+        "optim.weight_decay": 0.0,
+        "train.gradient_clip": 0.0,
+        "train.micro_batch_tokens": micro_batch_tokens,
         "model.zero_init_residual": False,
     }
     results = []
@@ -131,8 +146,13 @@ def test_penalties_enter_once_a_step(data_file: Path, tmp_path: Path, micro_batc
 
 def test_gradients_are_clipped_to_the_norm(data_file: Path, tmp_path: Path):
     settings = {
-        **STILL, "optim.optimizer": "sgd", "optim.momentum": 0.0, "train.learning_rate": 1.0,
-        "optim.schedule": "constant", "optim.warmup_fraction": 0.0, "optim.weight_decay": 0.0,
+        **STILL,
+        "optim.optimizer": "sgd",
+        "optim.momentum": 0.0,
+        "train.learning_rate": 1.0,
+        "optim.schedule": "constant",
+        "optim.warmup_fraction": 0.0,
+        "optim.weight_decay": 0.0,
     }
     for clip, wanted in ((0.01, 0.01), (1000.0, None), (0.0, None)):
         loop = make_loop(data_file, tmp_path, **{"train.gradient_clip": clip}, **settings)
@@ -161,7 +181,7 @@ class Poisoned:
 
 
 def snapshot(loop: Loop) -> dict[str, Tensor]:
-    tensors, scalars = flatten_optimizer_state(loop.parts.optimizer)
+    tensors, _ = flatten_optimizer_state(loop.parts.optimizer)
     found = {f"optimizer {n}": t.clone() for n, t in tensors.items()}
     found |= {n: t.detach().clone() for n, t in loop.parts.model.state_dict().items()}
     assert loop.parts.average is not None
@@ -218,7 +238,10 @@ def test_dropout_depends_on_where_training_stands_and_on_nothing_else(
     data_file: Path, tmp_path: Path
 ):
     settings = {
-        **STILL, "model.dropout": 0.5, "optim.optimizer": "sgd", "train.learning_rate": 1e-12,
+        **STILL,
+        "model.dropout": 0.5,
+        "optim.optimizer": "sgd",
+        "train.learning_rate": 1e-12,
         "train.micro_batch_tokens": 1,
     }
     loop = make_loop(data_file, tmp_path, **settings)
@@ -241,14 +264,18 @@ def test_dropout_depends_on_where_training_stands_and_on_nothing_else(
 
 def test_the_schedule_sets_the_rate_of_each_step(data_file: Path, tmp_path: Path):
     settings = {
-        "train.learning_rate": 0.01, "optim.schedule": "linear", "train.epochs": 2,
+        "train.learning_rate": 0.01,
+        "optim.schedule": "linear",
+        "train.epochs": 2,
         "optim.warmup_fraction": 0.25,
     }
     loop = make_loop(data_file, tmp_path, **settings)
     total = loop.settings.total_steps
     warmup = round(0.25 * total)
     examples = batches_of(loop)[0]
-    rates = [run_step(loop.parts, loop.train, examples, step).learning_rate for step in range(total)]
+    rates = [
+        run_step(loop.parts, loop.train, examples, step).learning_rate for step in range(total)
+    ]
     assert rates[0] == pytest.approx(0.01 / (warmup + 1))
     assert max(rates) == pytest.approx(0.01) and rates.index(max(rates)) == warmup
     assert 0 < rates[-1] < 0.01 / (total - warmup) * 1.01
@@ -259,6 +286,7 @@ def test_under_one_per_cent_of_what_linear_layers_see_is_padding(data_file: Path
     model, rows = loop.parts.model, {}
     for name, module in model.get_submodule("encoder").named_modules():
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding):
+
             def count(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 rows[name] = rows.get(name, 0) + args[0].shape[0]
 

@@ -5,14 +5,14 @@ All of it goes to standard error; results alone go to standard output.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from hasten.training.observe import EvaluationInfo, Observer, StepInfo
 
 _PLAIN_SECONDS = 5.0
@@ -26,8 +26,11 @@ def build_observer(*, quiet: bool) -> Observer:
 
 
 def say(text: str) -> None:
-    """Prints a message to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a message to standard error; a reader that has gone does not stop the work."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
 class WarningsOnly:
@@ -73,6 +76,8 @@ class LiveConsole(WarningsOnly):
     """One line that updates itself, with notes and evaluations above it."""
 
     def __init__(self) -> None:
+        from rich.console import Console  # here, since `hasten --help` need not wait for it
+
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
@@ -87,6 +92,8 @@ class LiveConsole(WarningsOnly):
     def step(self, info: StepInfo) -> None:
         """Moves the line on; removes it after the last step."""
         if self._progress is None:
+            from rich.progress import BarColumn, Progress, TextColumn
+
             self._progress = Progress(
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
@@ -128,10 +135,17 @@ def _evaluation(info: EvaluationInfo) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a duration for people: 42 s, 3 min 5 s, 2 h 10 min."""
+    """Returns a duration for people: 0.4 s, 42 s, 3 min 5 s, 2 h 10 min."""
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """Returns a number and what it counts: 1 step, 1,200 steps."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -18,7 +18,6 @@ def demo(
     output: str = typer.Option(None, "-o", "--output", help="Run folder [runs/demo-<n>]."),
     seed: int = typer.Option(0, help="Every random choice derives from it."),
     quiet: bool = typer.Option(False, "--quiet", help="Results only."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Train, test and use a model on real data: guess the keyword missing from a line.
 

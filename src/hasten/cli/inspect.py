@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from hasten.cli.settings import reading_from_flags
+
 if TYPE_CHECKING:
+    from hasten.config.schema import DataConfig
     from hasten.data.inspection import Inspection
 
 
 def inspect(
-    data: str = typer.Argument(..., help="File to look at: CSV, TSV or JSONL, also .gz."),
+    data: str = typer.Argument(..., help="File: CSV, TSV, JSONL, also .gz; - is stdin."),
     text_column: list[str] = typer.Option(None, help="Text column, name or number; repeatable."),
     label_column: str = typer.Option(None, help="Label column, name or number."),
     delimiter: str = typer.Option(None, help="Cell separator; detected otherwise."),
     encoding: str = typer.Option(None, help="Text encoding; UTF-8 otherwise."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object and nothing else."),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    assignments: list[str] = typer.Option(None, "--set", hidden=True),
 ) -> None:
     """Show what a file holds: columns, classes, lengths, bad rows, duplicates."""
     from hasten.data.inspection import inspect_file
 
-    found = inspect_file(
-        data, delimiter=delimiter, encoding=encoding, text=text_column, label=label_column
-    )
-    typer.echo(
-        json.dumps(found.as_dict(), ensure_ascii=False) if as_json else _inspection_text(found)
-    )
+    reading = reading_from_flags(assignments, delimiter=delimiter, encoding=encoding)
+
+    def look(path: str | Path, name: str | None = None) -> Inspection:
+        return inspect_file(
+            path,
+            delimiter=reading.delimiter,
+            header=reading.header,
+            encoding=reading.encoding,
+            text=text_column,
+            label=label_column,
+            display_name=name,
+        )
+
+    if data == "-":
+        from hasten.training.session import standard_input_as_file
+
+        with standard_input_as_file() as path:
+            found = look(path, "standard input")
+    else:
+        found = look(data)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), ensure_ascii=False))
+        return
+    typer.echo(_inspection_text(found))
+    if not found.problems:
+        typer.echo(f"next: {_next_command(data, reading, text_column, label_column)}")
+
+
+def _next_command(
+    data: str, reading: DataConfig, text_columns: list[str] | None, label_column: str | None
+) -> str:
+    """Returns the command that trains on what was inspected, read in the same way."""
+    words = ["hasten", "train", data]
+    for column in text_columns or []:
+        words += ["--text-column", column]
+    if label_column is not None:
+        words += ["--label-column", label_column]
+    for name in ("delimiter", "header", "encoding"):
+        if (value := getattr(reading, name)) is not None:
+            words += [f"--data.{name}", str(value).lower() if name == "header" else str(value)]
+    return shlex.join(words)
 
 
 def _inspection_text(found: Inspection) -> str:
@@ -62,8 +102,7 @@ def _inspection_text(found: Inspection) -> str:
     )
     lines += [f"problem: {problem}" for problem in found.problems]
     for row in found.sample:
-        lines.append("example: " + "  ".join(f"{key}={value!r}" for key, value in row.items()))
-    lines.append(f"({found.rows_per_second:,.0f} rows/s)")
-    if not found.problems:
-        lines.append(f"next: hasten train {found.file}")
+        shown = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in row.items())
+        lines.append("example: " + "  ".join(shown))
+    lines.append(f"read at {found.rows_per_second:,.0f} rows/s")
     return "\n".join(lines)

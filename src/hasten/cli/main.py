@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
 
 from hasten.cli import demo, evaluate, inspect, predict, train
+from hasten.cli.console import say
+from hasten.cli.settings import show_all_keys
 from hasten.core.errors import HastenError, UsageError, nearest
 
-_KEY = re.compile(r"--(?P<key>[a-z]+\.[a-z0-9_]+)(?:=(?P<value>.*))?", re.DOTALL)
+_KEY = re.compile(r"--(?P<key>[a-z]+\.[a-z0-9_-]+)(?:=(?P<value>.*))?", re.DOTALL | re.IGNORECASE)
 
 app = typer.Typer(
     add_completion=False,
@@ -27,18 +35,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="From a file of examples to a trained, tested, usable Transformer.",
+    epilog="With any command, --debug shows the traceback of an error.",
 )
-app.command("demo")(demo.demo)
-app.command("inspect")(inspect.inspect)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("predict")(predict.predict)
+app.command("demo", short_help="The whole way on real data that is already here.")(demo.demo)
+app.command("inspect", short_help="Show what a file holds, before any training.")(inspect.inspect)
+app.command("train", short_help="Train and test a model on a file of examples.")(train.train)
+app.command("evaluate", short_help="Measure a run on a file of labelled rows.")(evaluate.evaluate)
+app.command("predict", short_help="Label texts, or the rows of a file.")(predict.predict)
+
+
+class Stopped(BaseException):
+    """A signal arrived; not a KeyboardInterrupt, which typer would end without a word."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and stop."),
+    help_all: bool = typer.Option(
+        False, "--help-all", is_eager=True, callback=show_all_keys, help="List every key and stop."
+    ),
 ) -> None:
     if version:
         from hasten import __version__
@@ -51,17 +71,58 @@ def _root(
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command and ends the process with its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     try:
-        code = app(args=set_flags(arguments), standalone_mode=False, prog_name="hasten")
+        with _stoppable():
+            code = app(args=set_flags(arguments), standalone_mode=False, prog_name="hasten")
+            sys.stdout.flush()
     except BaseException as error:
-        if debug and not isinstance(error, SystemExit | KeyboardInterrupt):
+        if debug and not isinstance(error, SystemExit | KeyboardInterrupt | Stopped):
             traceback.print_exc()
         code = _exit_code(error)
-    _flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Takes `--debug` out, which every verb has; what follows `--` is text."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    return kept + arguments[end:], len(kept) < end
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raises ``Stopped`` on Ctrl-C and SIGTERM, so that nothing half-written stays behind."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        raise Stopped(number)
+
+    def again(unraisable: Any) -> None:
+        # Raised inside a callback whose errors Python ignores, and imports run many of them.
+        stopped = unraisable.exc_value
+        if not isinstance(stopped, Stopped):
+            old_hook(unraisable)
+            return
+        signal.signal(signal.SIGALRM, lambda *_: stop(stopped.signal_number, None))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup, or a shell's background
+    ]
+    old = [signal.signal(number, stop) for number in numbers]
+    old_hook, sys.unraisablehook = sys.unraisablehook, again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = old_hook
+        for number, handler in zip(numbers, old, strict=True):
+            signal.signal(number, handler)
 
 
 def set_flags(arguments: list[str]) -> list[str]:
@@ -73,6 +134,8 @@ def set_flags(arguments: list[str]) -> list[str]:
     rewritten: list[str] = []
     rest = iter(arguments)
     for argument in rest:
+        if argument == "--":  # what follows is text
+            return [*rewritten, argument, *rest]
         match = _KEY.fullmatch(argument)
         if match is None:
             rewritten.append(argument)
@@ -88,45 +151,61 @@ def set_flags(arguments: list[str]) -> list[str]:
 
 def _exit_code(error: BaseException) -> int:
     """Prints an error for a person and returns its exit code."""
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+        _silence_output()  # the reader has gone, as `| head` does
+        return 0
     if isinstance(error, HastenError):
         return _say(str(error), error.exit_code)
     if isinstance(error, typer.Exit):
         return error.exit_code
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return _say("stopped before the first checkpoint; nothing is kept.", 130)
-    if isinstance(error, BrokenPipeError):
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - the reader has gone
-        return 0
     if signal_number := getattr(error, "signal_number", None):
-        return 128 + signal_number  # the verb has said how to go on
+        return _say(_stop_message(error), 128 + signal_number)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return _say("stopped.", 130)
     if hasattr(error, "format_message"):
         return _say(_usage_message(error), UsageError.exit_code)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, OSError):
+        _silence_output()  # what could not be written would fail again at the end
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{error.strerror or error}.", 8)
     _say(f"{type(error).__name__}: {error}\nThis is a defect of hasten; --debug shows where.", 1)
     return 1
 
 
+def _stop_message(error: BaseException) -> str:
+    """Says how to go on, where there is something to go on with."""
+    folder = getattr(error, "folder", None)
+    if folder is None:
+        return "stopped; nothing half-done is kept."
+    return f"stopped; go on with: hasten train --resume {shlex.quote(str(folder))}"
+
+
 def _usage_message(error: Any) -> str:
-    """Adds the nearest option to typer's message about one that does not exist."""
-    message = error.format_message().rstrip(".") + "."
-    name = getattr(error, "option_name", None)
-    if name and "Did you mean" not in message and getattr(error, "ctx", None) is not None:
-        options = [o for p in error.ctx.command.params for o in getattr(p, "opts", [])]
-        message += nearest(name, options)
-    return message
+    """Names the nearest option or command in place of typer's own wording."""
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command", None)
+    message, hint = error.format_message(), ""
+    if name := getattr(error, "option_name", None):
+        message = getattr(error, "message", message)
+        if name == "--set" and context is not None:
+            return f"{context.command_path} takes no settings such as --train.epochs; train does."
+        hint = nearest(name, [o for p in getattr(command, "params", []) for o in p.opts])
+    elif message.startswith("No such command"):
+        message = message.partition(" Did you mean")[0]
+        hint = nearest(message.split("'")[1], getattr(command, "commands", ()))
+    if context is not None and not hint:
+        hint = f" See: {context.command_path} --help"
+    if name and not name.startswith("--") and getattr(command, "name", None) == "predict":
+        hint = " Put -- before a text that begins with a dash."
+    return f"{message.rstrip('.')}.{hint}"
 
 
 def _say(message: str, code: int) -> int:
-    print(f"hasten: {message}", file=sys.stderr)
+    say(f"hasten: {message}")
     return code
 
 
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+def _silence_output() -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

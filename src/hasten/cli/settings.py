@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 
 from hasten.config.load import build_config, known_keys
-from hasten.config.schema import SECTIONS, RunConfig
+from hasten.config.schema import SECTIONS, DataConfig, RunConfig
 from hasten.core.errors import UsageError, nearest
 
 _TOKENIZER_KINDS = ("bpe", "wordpiece", "unigram", "word", "char", "byte")
+_READING_KEYS = tuple(
+    f"data.{name}" for name in ("delimiter", "header", "encoding", "max_rejected_fraction")
+)
 
 
 def config_from_flags(
@@ -41,11 +45,42 @@ def config_from_flags(
     return build_config(preset=preset, file=file, overrides=overrides)
 
 
+def reading_from_flags(assignments: list[str] | None, **flags: Any) -> DataConfig:
+    """Builds what says how a file is to be read, for the verbs that train nothing.
+
+    Args:
+        assignments: every `--section.key value`.
+        flags: values of keys of the section ``data``; None where the flag was not given.
+
+    Raises:
+        UsageError: a key that does not say how a file is read.
+    """
+    for assignment in assignments or []:
+        key = assignment.partition("=")[0]
+        if key in known_keys() and key not in _READING_KEYS:
+            raise UsageError(
+                f"--{key} is for training; here there are --{', --'.join(_READING_KEYS)}."
+            )
+    named = {f"data.{name}": value for name, value in flags.items()}
+    return config_from_flags(named, preset=None, file=None, assignments=assignments).data
+
+
 def tokenizer_flags(value: str | None) -> dict[str, str | None]:
-    """Returns the keys that `--tokenizer` sets: a kind to train, or a file to load."""
+    """Returns the keys that `--tokenizer` sets: a kind to train, or a file to load.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if value is None:
         return {}
-    return {"tokenizer.kind" if value in _TOKENIZER_KINDS else "tokenizer.path": value}
+    if value in _TOKENIZER_KINDS:
+        return {"tokenizer.kind": value}
+    if not Path(value).exists():
+        raise UsageError(
+            f"--tokenizer {value}: neither a file nor one of {', '.join(_TOKENIZER_KINDS)}."
+            f"{nearest(value, _TOKENIZER_KINDS)}"
+        )
+    return {"tokenizer.path": value}
 
 
 def show_all_keys(wanted: bool) -> None:
@@ -53,10 +88,28 @@ def show_all_keys(wanted: bool) -> None:
     if not wanted:
         return
     typer.echo("Every key; write --section.key VALUE, or sections in a YAML file for --config.\n")
-    for section, model in SECTIONS.items():
+    sections = {"run": RunConfig, **SECTIONS}
+    for section, model in sections.items():
         typer.echo(f"{section}: {(model.__doc__ or '').strip()}")
         for name, field in model.model_fields.items():
-            default = "" if field.default is None else f" [{field.default}]"
-            typer.echo(f"  --{section}.{name:<22} {field.description}{default}")
+            if section == "run" and name in SECTIONS:
+                continue
+            key = name if section == "run" else f"{section}.{name}"
+            choices = [str(c) for c in _literals(field.annotation) if c != field.default]
+            default = [] if field.default is None else [f"[{_as_written(field.default)}]"]
+            others = [f"or {', '.join(choices)}"] if choices else []
+            typer.echo(f"  --{key:<27} {' '.join([str(field.description), *default, *others])}")
         typer.echo("")
     raise typer.Exit
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    """Returns the words that a key may be set to."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(word for part in get_args(annotation) for word in _literals(part))
+
+
+def _as_written(value: Any) -> str:
+    """Writes a default as a person would, not as Python does."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

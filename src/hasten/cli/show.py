@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from hasten.cli.console import duration
+from hasten.cli.console import count, duration
 
 _MAX_CLASSES = 30
 
@@ -16,14 +20,14 @@ def metrics_text(name: str, metrics: Mapping[str, Any]) -> str:
     lines = [
         f"{name}: accuracy {metrics['accuracy']:.4f} (95% interval {low:.4f} to {high:.4f})  "
         f"macro F1 {metrics['macro_f1']:.4f}  loss {metrics['loss']:.4f}  "
-        f"{metrics['num_examples']:,} examples"
+        f"{count(metrics['num_examples'], 'example')}"
     ]
     rows = metrics["per_class"]
-    width = max(5, *(len(row["label"]) for row in rows[:_MAX_CLASSES]))
+    width = max(5, *(_columns(row["label"]) for row in rows[:_MAX_CLASSES]))
     lines.append(f"  {'class':<{width}}  precision  recall      F1  examples")
     lines += [
-        f"  {row['label']:<{width}}  {row['precision']:9.3f}  {row['recall']:6.3f}  "
-        f"{row['f1']:6.3f}  {row['num_examples']:8,}"
+        f"  {row['label']}{' ' * (width - _columns(row['label']))}  {row['precision']:9.3f}  "
+        f"{row['recall']:6.3f}  {row['f1']:6.3f}  {row['num_examples']:8,}"
         for row in rows[:_MAX_CLASSES]
     ]
     if len(rows) > _MAX_CLASSES:
@@ -31,24 +35,40 @@ def metrics_text(name: str, metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _columns(text: str) -> int:
+    """Returns how wide a text is on a terminal, where Chinese takes two columns a character."""
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
+
+
 def verdict_text(result: Mapping[str, Any]) -> str:
     """Returns the end of a run: metrics, who won, what it took, and what to do next."""
     parts = [metrics_text(name, result[name]) for name in ("validation", "test") if name in result]
     if result["judged_on"] in result:
         parts.append(_comparison(result))
+    else:
+        parts.append("no rows were left to measure the model on: give --validation or --test")
     facts = result["training"]
     early = ", stopped early" if facts["stopped_early"] else ""
+    best = f"; best model from step {facts['best_step']:,}" if facts["best_step"] else ""
     parts.append(
         f"trained {facts['num_parameters']:,} parameters for {facts['epochs']:.1f} epochs "
-        f"({facts['steps']:,} steps{early}) in {duration(facts['seconds'])}: "
-        f"{facts['tokens_per_second']:,.0f} tokens/s, padding {facts['padding_fraction']:.2%} of "
-        f"the positions in linear layers, {facts['attention_padding_fraction']:.0%} in attention; "
-        f"best model from step {facts['best_step']:,}"
+        f"({count(facts['steps'], 'step')}{early}) in {duration(facts['seconds'])}: "
+        f"{facts['tokens_per_second']:,.0f} tokens/s, "
+        f"padding {facts['padding_fraction']:.2%} of the positions in linear layers, "
+        f"{facts['attention_padding_fraction']:.0%} in attention{best}"
     )
     if facts["num_skipped"]:
-        parts.append(f"{facts['num_skipped']:,} steps were skipped: not finite")
-    run = result["run"]
-    parts.append(f'run folder: {run}\ntry it: hasten predict {run} "some text"')
+        parts.append(
+            f"skipped because something was not finite: {count(facts['num_skipped'], 'step')}"
+        )
+    run = Path(result["run"])
+    columns = json.loads((run / "data.json").read_text(encoding="utf-8"))["text_columns"]
+    texts = ['"some text"'] if len(columns) == 1 else [f'"some {name}"' for name in columns]
+    parts.append(f"run folder: {run}")
+    parts.append(f"try it: hasten predict {shlex.quote(str(run))} {' '.join(texts)}")
     return "\n".join(parts)
 
 

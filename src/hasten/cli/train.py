@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hasten.cli.console import build_observer, say
+from hasten.cli.console import build_observer, count
 from hasten.cli.settings import config_from_flags, show_all_keys, tokenizer_flags
 from hasten.core.errors import UsageError
 
@@ -37,7 +37,6 @@ def train(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object and nothing else."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress, only warnings and results."),
     assignments: list[str] = typer.Option(None, "--set", hidden=True),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     help_all: bool = typer.Option(
         False, "--help-all", is_eager=True, callback=show_all_keys, help="List every key and stop."
     ),
@@ -69,7 +68,7 @@ def train(
     if dry_run:
         from hasten.training.session import plan_only
 
-        _show_plan(plan_only(settings, observer), as_json)
+        _show_plan(plan_only(settings, output, observer), as_json)
         return
     _finish(output, observer, as_json, settings)
 
@@ -77,7 +76,7 @@ def train(
 def _finish(folder: str | None, observer: Any, as_json: bool, settings: Any) -> None:
     """Trains a new run, or resumes the one in ``folder`` where there are no settings."""
     from hasten.cli.show import verdict_text
-    from hasten.training.loop import Interrupted
+    from hasten.training.folder import to_json
     from hasten.training.session import resume_run, start_run
 
     try:
@@ -86,14 +85,10 @@ def _finish(folder: str | None, observer: Any, as_json: bool, settings: Any) -> 
             result = resume_run(Path(folder), observer)
         else:
             result = start_run(settings, folder, observer)
-    except Interrupted as stop:
-        getattr(observer, "close", lambda: None)()
-        say(f"stopped after a checkpoint; go on with: hasten train --resume {stop.folder}")
-        raise
     finally:
         getattr(observer, "close", lambda: None)()
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        typer.echo(to_json(result))
     else:
         typer.echo(verdict_text(result))
 
@@ -115,4 +110,5 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         )
         return
     typer.echo(config_to_yaml(plan.config).rstrip())
-    typer.echo(f"# {plan.total_steps:,} steps of {plan.config.train.tokens_per_step:,} tokens")
+    steps = count(plan.total_steps, "step")
+    typer.echo(f"# {steps} of at most {plan.config.train.tokens_per_step:,} tokens")

@@ -27,6 +27,10 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _split_pair(value: object) -> object:
+    return value if value == "auto" else _split(value)
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -96,6 +100,10 @@ class TokenizerConfig(Section):
     vocab_size: Positive | Auto = Field(
         default="auto", description="number of tokens; auto: from the amount of text"
     )
+    dropout: Rate | Auto = Field(
+        default="auto",
+        description="BPE-dropout: rate at which merges are skipped in training, anew each epoch",
+    )
     lowercase: bool = Field(default=False, description="fold case before tokenizing")
     max_length: Positive = Field(
         default=512, description="longer examples are cut to this many tokens, and counted"
@@ -142,7 +150,7 @@ class ModelConfig(Section):
     )
     zero_init_residual: bool = Field(default=True, description="residual branches start at zero")
     pooling: Literal["first", "mean", "attention"] = Field(
-        default="mean", description="how tokens become one vector"
+        default="attention", description="how tokens become one vector"
     )
 
 
@@ -182,8 +190,8 @@ class TrainConfig(Section):
     l2: NotNegative = Field(
         default=0.0, description="L2 penalty on the weights, added to the loss once a step"
     )
-    ema_decay: Rate = Field(
-        default=0.0, description="decay of the averaged weights that are evaluated; 0 for none"
+    ema_decay: Rate | Auto = Field(
+        default="auto", description="decay of the averaged weights that are evaluated; 0 for none"
     )
     max_skipped_steps: Positive = Field(
         default=5, description="non-finite steps in a row before the run stops"
@@ -209,15 +217,15 @@ class OptimConfig(Section):
     weight_decay: NotNegative | Auto = Field(
         default="auto", description="decoupled weight decay; biases and norms exempt"
     )
-    betas: Annotated[tuple[Rate, Rate] | None, BeforeValidator(_split)] = Field(
-        default=None, description="first and second moment decay, where used"
+    betas: Annotated[tuple[Rate, Rate] | Auto | None, BeforeValidator(_split_pair)] = Field(
+        default="auto", description="first and second moment decay, where used"
     )
     momentum: Rate | None = Field(default=None, description="momentum, where used")
     epsilon: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="added to the denominator"
     )
     schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant", "plateau"] = Field(
-        default="linear", description="learning rate over time, after the warm-up"
+        default="constant", description="learning rate over time, after the warm-up"
     )
     warmup_fraction: Rate = Field(default=0.1, description="share of the steps that warm up")
     min_factor: Rate = Field(

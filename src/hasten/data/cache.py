@@ -72,7 +72,7 @@ def _trim(folder: Path, keep: Path) -> None:
     entries = [
         (path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path)
         for path in folder.iterdir()
-        if path.is_dir() and ".partial-" not in path.name
+        if path.with_name(f"{path.name}.lock").exists()
     ]
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):

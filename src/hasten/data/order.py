@@ -22,24 +22,20 @@ def steps_per_epoch(lengths: np.ndarray, tokens_per_step: int) -> int:
     return min(len(lengths), max(1, -(-int(lengths.sum()) // tokens_per_step)))
 
 
-def plan_epoch(
-    lengths: np.ndarray, *, seed: int, epoch: int, tokens_per_step: int
-) -> list[np.ndarray]:
+def plan_epoch(lengths: np.ndarray, *, seed: int, epoch: int, num_batches: int) -> list[np.ndarray]:
     """Plans the global batches of one epoch.
 
     Args:
         lengths: (E,) tokens of each example.
         seed: of the run.
         epoch: counted from 0.
-        tokens_per_step: token budget of a batch. Batches are cut at equal quotas of at most
-            this size, so that the last is no smaller than the others; one may exceed its quota
-            by less than one example.
+        num_batches: at most E, see ``steps_per_epoch``. Batches are cut at equal quotas of
+            tokens, so that the last is no smaller than the others; one may exceed its quota by
+            less than one example.
 
     Returns:
-        ``steps_per_epoch`` arrays of example numbers, none empty; each example is in exactly
-        one of them.
+        ``num_batches`` arrays of example numbers, none empty; each example is in exactly one.
     """
-    num_batches = steps_per_epoch(lengths, tokens_per_step)
     order = np.random.default_rng(derive_seed("order", seed, epoch)).permutation(len(lengths))
     before = np.cumsum(lengths[order]) - lengths[order]
     number = np.arange(1, num_batches)

@@ -36,7 +36,7 @@ def choose_vocab_size(num_characters: int, kind: str) -> tuple[int, str]:
     """
     if kind == "byte":
         return 256 + len(SPECIAL_TOKENS), "one token a byte"
-    size = 1000 * max(1, min(32, round(8 * math.sqrt(num_characters / 1e6))))
+    size = 1000 * max(1, min(32, round(10 * math.sqrt(num_characters / 1e6))))
     return size, f"{num_characters:,} characters of text"
 
 

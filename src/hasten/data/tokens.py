@@ -87,23 +87,37 @@ def encode_texts(
     """
     cells = list(itertools.chain.from_iterable(rows))
     encoded = iter(tokenizer.encode_batch_fast(cells, add_special_tokens=False))
+    special = special_ids(tokenizer, form)
+    return [join_segments([next(encoded).ids for _ in row], form, special) for row in rows]
+
+
+def special_ids(tokenizer: Tokenizer, form: EncodingFormat) -> tuple[list[int], list[int], int]:
+    """Returns the ids that begin a sequence, those between segments, and that of no text at all.
+
+    Raises:
+        UsageError: the format needs a special token that the tokenizer lacks.
+    """
     first = [_special(tokenizer, CLASS, "<s>")] if form.class_token else []
     between = [_special(tokenizer, SEPARATOR, "</s>")] if form.separate_segments else []
-    out = []
-    for row in rows:
-        segments = [next(encoded).ids for _ in row]
-        room = max(0, form.max_length - len(first) - len(between) * (len(row) - 1))
-        num_cut = _cut(segments, room)
-        ids, types = list(first), [0] * len(first)
-        for number, segment in enumerate(segments):
-            joined = segment if number == 0 else [*between, *segment]
-            ids += joined
-            types += [number if form.separate_segments else 0] * len(joined)
-        if not ids:
-            ids, types = [unknown_id(tokenizer)], [0]
-        # Separators alone may be too many for a very small maximum.
-        out.append(EncodedText(ids[: form.max_length], types[: form.max_length], num_cut))
-    return out
+    return first, between, unknown_id(tokenizer)
+
+
+def join_segments(
+    segments: list[list[int]], form: EncodingFormat, special: tuple[list[int], list[int], int]
+) -> EncodedText:
+    """Makes one sequence of the tokens of a row's cells, cut to the maximum length."""
+    first, between, unknown = special
+    room = form.max_length - len(first) - len(between) * (len(segments) - 1)
+    num_cut = _cut(segments, max(0, room))
+    ids, types = list(first), [0] * len(first)
+    for number, tokens in enumerate(segments):
+        joined = tokens if number == 0 else [*between, *tokens]
+        ids += joined
+        types += [number if form.separate_segments else 0] * len(joined)
+    if not ids:
+        ids, types = [unknown], [0]
+    # Separators alone may be too many for a very small maximum.
+    return EncodedText(ids[: form.max_length], types[: form.max_length], num_cut)
 
 
 def open_tokens(corpus: Corpus, tokenizer: Tokenizer, form: EncodingFormat) -> TokenStore:

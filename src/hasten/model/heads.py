@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hasten.core.batch import SequenceLayout
 from hasten.model.config import TransformerConfig
+from hasten.model.layers import Dropout
 
 
 class ClassificationHead(nn.Module):
@@ -20,7 +21,7 @@ class ClassificationHead(nn.Module):
         self.pooling = config.pooling
         rate = config.dropout if config.head_dropout is None else config.head_dropout
         self.scorer = nn.Linear(config.hidden_size, 1) if config.pooling == "attention" else None
-        self.dropout = nn.Dropout(rate)
+        self.dropout = Dropout(rate)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, x_ND: Tensor, layout: SequenceLayout) -> Tensor:

@@ -18,6 +18,7 @@ from hasten.model.attention import Attention
 from hasten.model.config import TransformerConfig
 from hasten.model.heads import ClassificationHead
 from hasten.model.layers import (
+    Dropout,
     Embedding,
     FeedForward,
     RotaryTable,
@@ -37,7 +38,7 @@ class Block(nn.Module):
         self.attention_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = build_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.stochastic_depth = StochasticDepth(stochastic_depth)
 
     def forward(
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
         self.embedding = Embedding(config)
         # Post-norm leaves the embeddings' sum unnormalised otherwise.
         self.embedding_norm = build_norm(config) if config.norm_placement == "post" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.rotary = RotaryTable(config) if config.positions == "rotary" else None
         steps = max(config.num_layers - 1, 1)
         self.blocks = nn.ModuleList(

@@ -7,15 +7,19 @@ The rules are pure functions, so the same data gives the same run on every machi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hasten.config.load import replace_values
 from hasten.config.schema import RunConfig, settled
-from hasten.optim.optimizers import default_learning_rate
+from hasten.optim.optimizers import default_learning_rate, default_settings
 
-Put = Callable[[str, Any, str], None]
+MICRO_BATCH_TOKENS = 8192
+_LITTLE_TEXT = 3_000_000
+_FEW_BITS = 20_000
+_EPOCHS = ((300_000, 15.0), (1_000_000, 10.0), (3_000_000, 6.0), (float("inf"), 3.0))
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,17 @@ class DataFacts:
 
     Attributes:
         num_examples: training examples.
+        num_classes: labels, among which each example chooses.
         num_tokens: tokens of one epoch.
         num_threads: CPU threads that compute.
+        has_merges: whether the tokenizer is a plain BPE, so that merges can be skipped.
     """
 
     num_examples: int
+    num_classes: int
     num_tokens: int
     num_threads: int
+    has_merges: bool
 
 
 @dataclass(frozen=True)
@@ -45,40 +53,77 @@ class Choice:
 def choose(config: RunConfig, facts: DataFacts) -> tuple[RunConfig, list[Choice]]:
     """Returns the configuration without any ``auto``, and what was chosen and why."""
     choices: list[Choice] = []
+    for rules in (_model_choices, _training_choices, _averaging_choices):
+        # Each set of rules sees what the ones before it chose.
+        chosen = [
+            choice
+            for choice in rules(config, facts)
+            if getattr(getattr(config, choice.key.split(".")[0]), choice.key.split(".")[1])
+            == "auto"
+        ]
+        config = replace_values(config, {choice.key: choice.value for choice in chosen})
+        choices += chosen
+    return config, choices
 
-    def put(key: str, value: Any, reason: str) -> None:
-        section, _, name = key.partition(".")
-        if getattr(getattr(config, section), name) == "auto":
-            choices.append(Choice(key, value, reason))
 
-    _choose_model(config, facts, put)
-    sized = replace_values(config, {c.key: c.value for c in choices})
-    _choose_training(config, facts, settled(sized.model.hidden_size), put)
-    return replace_values(config, {c.key: c.value for c in choices}), choices
+def _model_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
+    """Size and dropout: the less there is to learn from, the smaller the model.
 
-
-def _choose_model(config: RunConfig, facts: DataFacts, put: Put) -> None:
-    """Size and dropout: little data overfits a large model."""
+    What a classifier can learn is bounded by its labels: an example of K classes carries at most
+    ``log2 K`` bits. A model that can hold more than all of them learns them by heart.
+    """
     tokens = f"{facts.num_tokens:,} training tokens"
-    layers, width = (2, 128) if facts.num_tokens < 3_000_000 else (4, 256)
-    put("model.num_layers", layers, tokens)
-    put("model.hidden_size", width, tokens)
-    chosen = config.model.hidden_size
-    put(
-        "model.num_heads",
-        max(1, (width if chosen == "auto" else chosen) // 64),
-        "64 dimensions a head",
-    )
-    put("model.dropout", 0.3 if facts.num_tokens < 3_000_000 else 0.1, tokens)
-    put("model.token_dropout", 0.2, tokens)
-    put("model.head_dropout", 0.3, tokens)
+    bits = facts.num_examples * math.log2(max(2, facts.num_classes))
+    is_small = facts.num_tokens < _LITTLE_TEXT
+    layers, width = (4, 256) if not is_small else (2, 128) if bits > _FEW_BITS else (1, 64)
+    reason = f"{facts.num_examples:,} labels of {facts.num_classes} classes, {tokens}"
+    yield Choice("model.num_layers", layers, reason)
+    yield Choice("model.hidden_size", width, reason)
+    if config.model.hidden_size != "auto":
+        width = config.model.hidden_size
+    wanted = max(1, round(width / (64 if width > 64 else 32)))
+    heads = next(h for h in range(wanted, 0, -1) if width % h == 0)
+    yield Choice("model.num_heads", heads, f"{width // heads} dimensions a head")
+    dropout = 0.3 if is_small else 0.1
+    yield Choice("model.dropout", dropout, tokens)
+    head = dropout if config.model.dropout == "auto" else config.model.dropout
+    yield Choice("model.head_dropout", head, "as model.dropout")
+    yield Choice("model.token_dropout", 0.2 if is_small else 0.0, tokens)
+    if facts.has_merges:
+        yield Choice("tokenizer.dropout", 0.05 if is_small else 0.0, tokens)
+    else:
+        yield Choice("tokenizer.dropout", 0.0, "only bpe has merges to skip")
 
 
-def _choose_training(config: RunConfig, facts: DataFacts, width: int, put: Put) -> None:
-    put("train.tokens_per_step", 2048, "")
-    put("train.micro_batch_tokens", 8192, "the documented rule: at most 8,192 tokens at once")
-    put("train.epochs", 8.0, "")
-    put("train.learning_rate", default_learning_rate(config.optim.optimizer, width), "")
-    put("train.num_threads", facts.num_threads, "the cores this process may use")
-    put("optim.weight_decay", 0.01, "")
-    put("eval.patience", 0, "the schedule ends at zero")
+def _training_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
+    """Length and rates: little text is passed over more often, until progress ends."""
+    tokens = f"{facts.num_tokens:,} training tokens"
+    name, width = config.optim.optimizer, settled(config.model.hidden_size)
+    epochs = next(epochs for limit, epochs in _EPOCHS if facts.num_tokens < limit)
+    yield Choice("train.epochs", epochs, f"at most, for {tokens}")
+    per_step = 2048 if facts.num_tokens < _LITTLE_TEXT else 8192
+    yield Choice("train.tokens_per_step", per_step, tokens)
+    yield Choice("train.micro_batch_tokens", MICRO_BATCH_TOKENS, "fixed; memory and speed only")
+    uses_betas = "betas" in default_settings(name)
+    rate = default_learning_rate(name, width)
+    rate = min(1e-3, rate) if uses_betas else rate
+    yield Choice("train.learning_rate", round(rate, 6), f"{name} at width {width}")
+    betas = (0.9, 0.9 if facts.num_tokens < _LITTLE_TEXT else 0.95) if uses_betas else None
+    yield Choice("optim.betas", betas, f"{name}; a short memory suits rare tokens")
+    yield Choice("optim.weight_decay", 0.05 if uses_betas else 0.0, f"{name} from scratch")
+    yield Choice("train.num_threads", facts.num_threads, "the cores this process may use")
+
+
+def _averaging_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
+    """A rate that stays up needs averaged weights, and can stop whenever progress ends."""
+    schedule = config.optim.schedule
+    if schedule not in ("constant", "plateau"):
+        reason = f"the {schedule} schedule ends at a low rate"
+        yield Choice("train.ema_decay", 0.0, reason)
+        yield Choice("eval.patience", 0, reason)
+        return
+    per_epoch = facts.num_tokens / settled(config.train.tokens_per_step)
+    horizon = round(min(1000, max(100, per_epoch)))
+    reason = f"averages about {horizon} steps of a {schedule} learning rate"
+    yield Choice("train.ema_decay", round(1 - 1 / horizon, 6), reason)
+    yield Choice("eval.patience", 4, "evaluations without progress")

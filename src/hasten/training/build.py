@@ -19,6 +19,7 @@ from hasten.config.schema import RunConfig, settled
 from hasten.core.errors import UsageError
 from hasten.core.seeds import derive_seed
 from hasten.data.order import steps_per_epoch
+from hasten.data.subword import supports_dropout
 from hasten.data.tokenizer import choose_vocab_size
 from hasten.model.config import TransformerConfig
 from hasten.model.transformer import Transformer
@@ -29,7 +30,7 @@ from hasten.plan.choices import Choice, DataFacts, choose
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer
-from hasten.training.prepare import PreparedData, prepare_data
+from hasten.training.prepare import PreparedData, prepare_data, with_subword_dropout
 from hasten.training.step import Parts, StepSettings
 
 _MAX_EVALUATIONS = 100
@@ -74,8 +75,10 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
     train = data.splits["train"]
     facts = DataFacts(
         num_examples=len(train.rows),
+        num_classes=len(data.task.labels),
         num_tokens=int(train.lengths.sum()),
         num_threads=available_cores(),
+        has_merges=supports_dropout(data.tokenizer),
     )
     config, choices = choose(config, facts)
     choices = [Choice("train.device", device.type, reason), *choices]
@@ -83,7 +86,8 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
         observer.note(f"{choice.key}: {choice.value} ({choice.reason})")
     choices += _choices_of_data(config, data)  # noted while the data was prepared
     values = {choice.key: choice.value for choice in choices}
-    return Plan(replace_values(config, values), choices, data, device)
+    config = replace_values(config, values)
+    return Plan(config, choices, with_subword_dropout(data, config), device)
 
 
 def _choices_of_data(config: RunConfig, data: PreparedData) -> list[Choice]:
@@ -124,19 +128,18 @@ def build_loop(plan: Plan, folder: Path, observer: Observer) -> Loop:
         config.optim.optimizer,
         parameter_groups(named, weight_decay=settled(config.optim.weight_decay)),
         learning_rate=settled(config.train.learning_rate),
-        betas=config.optim.betas,
+        betas=settled(config.optim.betas),
         momentum=config.optim.momentum,
         epsilon=config.optim.epsilon,
     )
+    ema_decay = settled(config.train.ema_decay)
     parts = Parts(
         model=model,
         task=data.task,
         optimizer=optimizer,
         schedule=_build_schedule(plan),
         penalised=tuple(parameter for _, parameter in decayed),
-        average=WeightAverage(named, decay=config.train.ema_decay)
-        if config.train.ema_decay
-        else None,
+        average=WeightAverage(named, decay=ema_decay) if ema_decay else None,
         device=plan.device,
         settings=StepSettings(
             seed=config.train.seed,

@@ -99,7 +99,7 @@ def _training_facts(loop: Loop, plan: Plan) -> dict[str, Any]:
     return {
         "num_parameters": sum(p.numel() for p in loop.parts.model.parameters()),
         "steps": state.step,
-        "epochs": state.num_tokens / max(1, int(train.lengths.sum())),
+        "epochs": state.step / plan.steps_per_epoch,
         "best_step": state.best_step,
         "stopped_early": state.stopped_early,
         "num_skipped": state.num_skipped,

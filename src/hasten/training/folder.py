@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,7 +24,13 @@ import torch
 
 from hasten.config.load import build_config, config_to_yaml, replace_values
 from hasten.config.schema import RunConfig
-from hasten.core.errors import DamagedError, DataError, MachineError, UsageError
+from hasten.core.errors import (
+    DamagedError,
+    DataError,
+    HastenError,
+    MachineError,
+    UsageError,
+)
 from hasten.core.files import FileLock, committed_folder, file_hash, machine_errors, write_text
 from hasten.data.cache import cache_folder
 from hasten.plan.choices import Choice
@@ -41,16 +49,22 @@ def choose_folder(output: str | Path | None, train: str) -> Path:
     if output is not None:
         folder = Path(output)
         if folder.exists():
-            raise UsageError(
-                f"{folder} exists already: choose another --output, or go on with "
-                f"--resume {folder}."
-            )
+            going_on = f", or go on with --resume {folder}" * (folder / "config.yaml").is_file()
+            raise UsageError(f"{folder} exists already: choose another --output{going_on}.")
+        _refuse_under_file(folder)
         return folder
+    _refuse_under_file(Path("runs") / "x")
     stem = re.sub(r"(\.(csv|tsv|jsonl|ndjson|gz))+$", "", Path(train).name) or "stdin"
     number = 1
     while (folder := Path("runs") / f"{stem}-{number}").exists():
         number += 1
     return folder
+
+
+def _refuse_under_file(folder: Path) -> None:
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is a file, not a folder: choose another --output.")
 
 
 def create_folder(
@@ -75,7 +89,8 @@ def create_folder(
         with (partial / "rejected.jsonl").open("w", encoding="utf-8") as file:
             for rejected in data.sources.rejected:
                 file.write(json.dumps(asdict(rejected), ensure_ascii=False) + "\n")
-        data.tokenizer.save(str(partial / "tokenizer.json"))
+        with library_errors():
+            data.tokenizer.save(str(partial / "tokenizer.json"))
         (partial / "checkpoints").mkdir()
     return config
 
@@ -143,10 +158,39 @@ def lock_folder(folder: Path) -> FileLock:
     return lock
 
 
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Raises as ``OSError`` what safetensors and tokenizers report of a disk in their own types.
+
+    Needed as long as the text of their errors (safetensors 0.8, tokenizers 0.23) is all that says
+    so.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None or isinstance(error, OSError | HastenError):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Replaces result.json."""
     with machine_errors("writing the result"):
-        write_text(folder / "result.json", json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+        write_text(folder / "result.json", to_json(result, indent=2) + "\n")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Returns JSON text; a number that is not finite becomes null, as JSON has none."""
+    return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_data(

@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from hasten.config.schema import DataConfig
 from hasten.core.errors import UsageError
 from hasten.core.files import machine_errors
 from hasten.data.columns import CellError, resolve_columns, texts_of
-from hasten.data.rows import Rejected, RowFile, open_rows
-from hasten.training.run import Run
+from hasten.data.rows import Rejected, RowFile
+from hasten.training.run import Run, columns_of, rows_of
 
 _CHUNK_ROWS = 2000
 _FORMATS = (".csv", ".tsv", ".jsonl")
+_MAX_WARNINGS = 5
 
 
 class _Writer(Protocol):
@@ -36,15 +38,17 @@ def label_file(
     output: Path,
     *,
     text_columns: Sequence[str] | None = None,
+    reading: DataConfig | None = None,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes ``path`` with two more columns to ``output``.
 
     Args:
         run: the trained run.
-        path: CSV, TSV or JSONL, also gzipped.
+        path: CSV, TSV or JSONL, also gzipped; ``-`` is standard input.
         output: likewise; replaced in one step if it exists.
         text_columns: names or numbers; those of the training by default.
+        reading: delimiter, header and encoding, where they are not to be detected.
         warn: told of the first rows that get no label.
 
     Returns:
@@ -54,19 +58,21 @@ def label_file(
         UsageError: the output's format is not known, or a column is missing.
         MachineError: the output cannot be written.
     """
-    file = open_rows(path)
-    at = resolve_columns(file.columns, tuple(text_columns or run.saved.text_columns))
-    added = [
-        name if name not in file.columns else f"predicted_{name}"
-        for name in ("label", "probability")
-    ]
     counts = {"output": str(output), "num_labelled": 0, "num_unlabelled": 0, "num_rejected": 0}
     problems: list[str] = []
-    with _writer(output, [*file.columns, *added], header=file.has_header) as write:
-        rows = iter(file)
-        while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-            _label_chunk(run, file, chunk, at, write, counts, problems)
-    for problem in problems[:5]:
+    with rows_of(path, reading or DataConfig()) as file:
+        with columns_of(file):
+            at = resolve_columns(file.columns, tuple(text_columns or run.saved.text_columns))
+        columns = [*file.columns]
+        for name in ("label", "probability"):
+            while name in columns:
+                name = f"predicted_{name}"
+            columns.append(name)
+        with _writer(output, columns, header=file.has_header or file.format == "jsonl") as write:
+            rows = iter(file)
+            while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+                _label_chunk(run, file, chunk, at, write, counts, problems)
+    for problem in problems[:_MAX_WARNINGS]:
         warn(f"warning: {problem}")
     return counts
 
@@ -84,20 +90,25 @@ def _label_chunk(
     for row in chunk:
         if isinstance(row, Rejected):
             counts["num_rejected"] += 1
-            problems.append(f"{row.file} line {row.line}: {row.reason}; left out")
+            if len(problems) < _MAX_WARNINGS:
+                problems.append(f"{row.file}, line {row.line}: {row.reason}; left out")
             continue
         try:
             texts.append(texts_of(row.cells, at))
             kept.append((row.cells, True))
         except CellError as error:
             counts["num_unlabelled"] += 1
-            problems.append(f"{file.display_name} line {row.line}: {error}; no label")
+            if len(problems) < _MAX_WARNINGS:
+                problems.append(f"{file.display_name}, line {row.line}: {error}; no label")
             kept.append((row.cells, False))
     predictions = run.predict_rows(texts)
     for cells, has_text in kept:
-        prediction = next(predictions) if has_text else {"label": None, "probability": None}
+        label = probability = None
+        if has_text:
+            prediction = next(predictions)
+            label, probability = prediction["label"], round(prediction["probability"], 6)
         counts["num_labelled"] += has_text
-        write([*cells, prediction["label"], prediction["probability"]])
+        write([*cells, label, probability])
 
 
 @contextmanager
@@ -107,6 +118,9 @@ def _writer(output: Path, columns: list[str], *, header: bool) -> Iterator[_Writ
     suffix = (output.with_suffix("") if compressed else output).suffix
     if suffix not in _FORMATS:
         raise UsageError(f"{output}: write to a file that ends in {', '.join(_FORMATS)} (or .gz).")
+    if output.is_dir() or not output.parent.is_dir():
+        problem = "is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+        raise UsageError(f"{output}: {problem}; choose another --output.")
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     with machine_errors("writing the labelled rows"):
         try:

@@ -131,22 +131,22 @@ class Loop:
             MachineError: a checkpoint cannot be written.
         """
         state, settings = self.state, self.settings
-        lengths = self.train.lengths
-        per_epoch = steps_per_epoch(lengths, settings.tokens_per_step)
-        saved_at, epoch, batches = time.monotonic(), -1, []
+        per_epoch = steps_per_epoch(self.train.lengths, settings.tokens_per_step)
+        saved_at, epoch, batches, train = time.monotonic(), -1, [], self.train
         with _signals() as received:
             while state.step < settings.total_steps and not state.stopped_early:
                 if epoch != state.step // per_epoch:
                     epoch = state.step // per_epoch
+                    train = self.train.in_epoch(epoch)
                     batches = plan_epoch(
-                        lengths,
+                        train.lengths,
                         seed=self.parts.settings.seed,
                         epoch=epoch,
-                        tokens_per_step=settings.tokens_per_step,
+                        num_batches=per_epoch,
                     )
-                examples = self.train.rows[batches[state.step % per_epoch]]
+                examples = train.rows[batches[state.step % per_epoch]]
                 started = time.perf_counter()
-                result = run_step(self.parts, self.train, examples, state.step, self.pace.meter)
+                result = run_step(self.parts, train, examples, state.step, self.pace.meter)
                 state.step += 1
                 state.num_tokens += result.num_tokens
                 state.num_positions += result.num_positions

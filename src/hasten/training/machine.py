@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from hasten.core.errors import MachineError
+from hasten.core.errors import MachineError, UsageError, nearest
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEEP_BYTES = 1 << 30
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 def keep_freed_memory() -> bool:
@@ -40,7 +41,12 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
 
     Raises:
         MachineError: a CUDA device was asked for and there is none.
+        UsageError: an unknown kind of device.
     """
+    if wanted not in _DEVICES:
+        raise UsageError(
+            f"--device {wanted}: there are {', '.join(_DEVICES)}.{nearest(wanted, _DEVICES)}"
+        )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             "--device cuda: this PyTorch sees no CUDA device; use --device cpu, or install the "

@@ -9,6 +9,7 @@ Every guess is noted with its reason, every row that is not used is kept with it
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -19,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from hasten.config.schema import DataConfig, RunConfig
+from hasten.config.schema import DataConfig, RunConfig, settled
 from hasten.core.errors import UsageError
 from hasten.data.columns import ColumnChoice, check_label_values, choose_columns
 from hasten.data.corpus import Corpus, check_rejected, held_out_rows, open_corpus
 from hasten.data.rows import Rejected, Row, RowFile, open_rows
+from hasten.data.subword import SubwordDropout
 from hasten.data.tokenizer import choose_vocab_size, load_tokenizer, train_tokenizer
 from hasten.data.tokens import EncodingFormat, TokenStore, open_tokens
 from hasten.task.registry import TASKS
@@ -44,6 +46,7 @@ class Split:
         rows: (E,) which of them belong to the split.
         store: tokens of the corpus, row for row.
         targets: (R,) class number of every row of the corpus.
+        subword: draws other tokens for each epoch; None where every epoch has the same.
     """
 
     name: str
@@ -51,11 +54,18 @@ class Split:
     rows: np.ndarray
     store: TokenStore
     targets: np.ndarray
+    subword: SubwordDropout | None = None
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """(E,) tokens of each example of the split."""
         return self.store.lengths[self.rows]
+
+    def in_epoch(self, epoch: int) -> Split:
+        """Returns the split with the tokens of an epoch."""
+        if self.subword is None:
+            return self
+        return dataclasses.replace(self, store=self.subword.store(epoch))
 
     def lines(self, examples: Iterable[int]) -> list[int]:
         """Returns the file's lines of the examples with the given corpus rows."""
@@ -180,6 +190,19 @@ def prepare_data(
                 f"{form.max_length} tokens and were cut (--tokenizer.max_length)"
             )
     return PreparedData(sources, task, tokenizer, form, splits)
+
+
+def with_subword_dropout(data: PreparedData, config: RunConfig) -> PreparedData:
+    """Returns the data with training tokens drawn anew each epoch, where that is configured."""
+    rate = settled(config.tokenizer.dropout)
+    if rate == 0.0:
+        return data
+    train = data.splits["train"]
+    subword = SubwordDropout.build(
+        train.corpus, train.rows, data.tokenizer, data.form, rate=rate, seed=config.train.seed
+    )
+    splits = {**data.splits, "train": dataclasses.replace(train, subword=subword)}
+    return dataclasses.replace(data, splits=splits)
 
 
 def warn_about_rows(sources: Sources, observer: Observer) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,11 @@ import torch
 
 from hasten.config.load import build_config
 from hasten.config.schema import DataConfig
-from hasten.core.errors import UsageError
-from hasten.data.corpus import check_rejected, open_corpus
+from hasten.core.errors import DamagedError, DataError, UsageError
+from hasten.data.corpus import Corpus, check_rejected, open_corpus
 from hasten.data.order import cut_micro_batches
 from hasten.data.packing import pack_texts
+from hasten.data.rows import RowFile, open_rows
 from hasten.data.tokens import encode_texts, open_tokens
 from hasten.task.text_classification import (
     UNSEEN,
@@ -35,9 +37,9 @@ from hasten.training.checkpoint import committed_checkpoints
 from hasten.training.evaluate import measure
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer, Silent
-from hasten.training.prepare import Split, open_file
+from hasten.training.prepare import Split
 from hasten.training.saved import SavedModel, load_model
-from hasten.training.session import resume_run, start_run
+from hasten.training.session import resume_run, standard_input_as_file, start_run
 
 _BATCH_TOKENS = 8192
 _CHUNK_TEXTS = 2000
@@ -62,14 +64,21 @@ class Run:
         if not self.folder.is_dir():
             raise UsageError(f"{self.folder}: no such run folder.")
         if not (self.folder / "model").is_dir():
-            if committed_checkpoints(self.folder / "checkpoints"):
+            if (self.folder / "config.yaml").is_file():
                 raise UsageError(
                     f"{self.folder} is not finished; go on with: "
                     f"hasten train --resume {self.folder}"
                 )
             raise UsageError(f"{self.folder} is not a run folder (it has no model/).")
         self.device, _ = choose_device(device)
-        self.saved: SavedModel = load_model(self.folder / "model", self.device)
+        try:
+            self.saved: SavedModel = load_model(self.folder / "model", self.device)
+        except DamagedError as error:
+            if not committed_checkpoints(self.folder / "checkpoints"):
+                raise
+            raise DamagedError(
+                f"{error} Write it anew from its checkpoint: hasten train --resume {self.folder}"
+            ) from None
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, labels={list(self.labels)})"
@@ -103,14 +112,16 @@ class Run:
     def predict_rows(self, rows: Iterable[Sequence[str]]) -> Iterator[dict[str, Any]]:
         """Predicts rows of text cells one chunk at a time, in bounded memory."""
         iterator = iter(rows)
-        while chunk := [tuple(row) for row in itertools.islice(iterator, _CHUNK_TEXTS)]:
+        columns = self.saved.text_columns
+        while chunk := list(itertools.islice(iterator, _CHUNK_TEXTS)):
             for row in chunk:
-                if len(row) != len(self.saved.text_columns):
+                if len(row) != len(columns):
                     raise UsageError(
-                        f"this run was trained on {len(self.saved.text_columns)} text columns "
-                        f"({', '.join(self.saved.text_columns)}); a row with {len(row)} was given."
+                        f"this run takes {len(columns)} texts for each prediction "
+                        f"({', '.join(columns)}); a row of {len(row)} was given."
                     )
-            yield from self._predict_chunk(chunk)
+            # Surrounding white space is no part of a text in training either.
+            yield from self._predict_chunk([tuple(cell.strip() for cell in row) for row in chunk])
 
     def evaluate(
         self,
@@ -124,7 +135,7 @@ class Run:
         """Measures the model on a file of labelled rows.
 
         Args:
-            path: CSV, TSV or JSONL.
+            path: CSV, TSV or JSONL, also gzipped; ``-`` is standard input.
             text_columns: names or numbers; those of the training by default.
             label_column: likewise.
             observer: told of rejected rows and unseen labels.
@@ -134,22 +145,22 @@ class Run:
             loss, accuracy with its 95% interval, macro_f1, num_examples and per_class.
 
         Raises:
-            DataError: the file cannot be used.
+            UsageError: the file lacks a column.
+            DataError: the file cannot be used, or has no label that was seen in training.
         """
         observer, reading = observer or Silent(), reading or DataConfig()
         saved = self.saved
-        corpus = open_corpus(
-            open_file(path, reading),
-            tuple(text_columns or saved.text_columns),
-            label_column or saved.label_column,
-        )
+        with rows_of(path, reading) as file, columns_of(file):
+            corpus = open_corpus(
+                file,
+                tuple(text_columns or saved.text_columns),
+                label_column or saved.label_column,
+            )
         check_rejected(corpus, reading.max_rejected_fraction)
         for rejected in corpus.rejected[:5]:
-            observer.warn(f"{rejected.file} line {rejected.line}: {rejected.reason}")
+            observer.warn(f"{rejected.file}, line {rejected.line}: {rejected.reason}")
         targets = saved.task.targets(corpus.label_names, corpus.labels)
-        unseen = int((targets == UNSEEN).sum())
-        if unseen:
-            observer.warn(f"{corpus.name}: {unseen:,} rows have a label never seen in training")
+        _check_seen(corpus, targets, saved, observer)
         store = open_tokens(corpus, saved.tokenizer, saved.form)
         split = Split("test", corpus, np.arange(len(corpus)), store, targets)
         meter = measure(
@@ -181,6 +192,49 @@ class Run:
             ):
                 found[i] = prediction
         return found
+
+
+@contextmanager
+def rows_of(path: str | Path, reading: DataConfig) -> Iterator[RowFile]:
+    """Yields the opened file; ``-`` is standard input."""
+    options = {"delimiter": reading.delimiter, "header": reading.header}
+    if str(path) != "-":
+        yield open_rows(path, encoding=reading.encoding, **options)
+        return
+    with standard_input_as_file() as spooled:
+        yield open_rows(
+            spooled, encoding=reading.encoding, display_name="standard input", **options
+        )
+
+
+@contextmanager
+def columns_of(file: RowFile) -> Iterator[None]:
+    """Puts the file's name and what to do into messages about its columns."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(
+            f"{file.display_name}: {error} Name other columns with --text-column, --label-column."
+        ) from None
+
+
+def _check_seen(corpus: Corpus, targets: np.ndarray, saved: SavedModel, observer: Observer) -> None:
+    """Warns of labels that the model cannot know; refuses a file that has no others."""
+    num_unseen = int((targets == UNSEEN).sum())
+    if not num_unseen:
+        return
+    unseen = [name for name in corpus.class_counts() if name not in saved.task.labels]
+    names = ", ".join(unseen[:5]) + " ..." * (len(unseen) > 5)
+    if num_unseen == len(corpus):
+        known = ", ".join(saved.task.labels[:5]) + " ..." * (len(saved.task.labels) > 5)
+        raise DataError(
+            f"{corpus.name}: no label in column '{corpus.label_column}' ({names}) was seen in "
+            f"training (which had {known}); name another with --label-column."
+        )
+    observer.warn(
+        f"{corpus.name}: labels never seen in training count as errors: {names} "
+        f"({num_unseen:,} of {len(corpus):,} rows)"
+    )
 
 
 def train(

@@ -2,7 +2,8 @@
 
     model/  config.json  model.safetensors  tokenizer.json
 
-config.json holds the architecture, the labels (``id2label``) and how text becomes tokens.
+config.json holds the architecture, the labels (``id2label``), how text becomes tokens, and the
+SHA-256 of the other files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from hasten.core.errors import DamagedError, HastenError
-from hasten.core.files import committed_folder, machine_errors
+from hasten.core.files import committed_folder, file_hash, machine_errors
 from hasten.data.tokenizer import load_tokenizer
 from hasten.data.tokens import EncodingFormat
 from hasten.model.config import TransformerConfig
@@ -27,6 +28,7 @@ from hasten.task.text_classification import TextClassification
 from hasten.training.checkpoint import copy_into
 
 FORMAT_VERSION = 1
+_HASHED = ("model.safetensors", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ def save_model(folder: Path, saved: SavedModel) -> None:
         },
     }
     with machine_errors("writing the model"), committed_folder(folder) as partial:
-        (partial / "config.json").write_text(
-            json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
         tensors = {n: t.detach().cpu().contiguous() for n, t in saved.model.state_dict().items()}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         saved.tokenizer.save(str(partial / "tokenizer.json"))
+        content["hasten"]["sha256"] = {name: file_hash(partial / name) for name in _HASHED}
+        (partial / "config.json").write_text(
+            json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> SavedModel:
@@ -94,9 +97,17 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> SavedModel:
                 f"{folder}: format version {own['format_version']}; this hasten reads "
                 f"{FORMAT_VERSION}."
             )
+        for name in _HASHED:
+            if file_hash(folder / name) != own["sha256"][name]:
+                raise DamagedError(f"{folder / name}: not what was written (its SHA-256 differs).")
         names = {field.name for field in dataclasses.fields(TransformerConfig)}
         config = TransformerConfig(**{n: v for n, v in content.items() if n in names})
         labels = tuple(content["id2label"][str(i)] for i in range(len(content["id2label"])))
+        if len(labels) != config.num_labels:
+            raise DamagedError(
+                f"{folder / 'config.json'}: names {len(labels)} labels, the model has "
+                f"{config.num_labels}."
+            )
         form = EncodingFormat(**own["encoding"])
         tensors = load_file(folder / "model.safetensors")
     except DamagedError:

@@ -7,7 +7,10 @@ resume_run -> check data -> plan from the saved configuration -> newest checkpoi
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +32,15 @@ from hasten.training.folder import (
     check_data_unchanged,
     choose_folder,
     create_folder,
+    library_errors,
     lock_folder,
     read_folder,
     write_result,
 )
-from hasten.training.loop import Loop
+from hasten.training.loop import Interrupted, Loop
 from hasten.training.machine import choose_device, keep_freed_memory
 from hasten.training.observe import MetricsLog, Observer, Silent
-from hasten.training.prepare import prepare_data
+from hasten.training.prepare import prepare_data, with_subword_dropout
 
 
 def start_run(config: RunConfig, output: str | Path | None, observer: Observer) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def start_run(config: RunConfig, output: str | Path | None, observer: Observer) 
         HastenError: see each subclass for what a person can do.
         Interrupted: a signal arrived; the run can be resumed.
     """
-    with _computing(config), _standard_input(config) as config:
+    with _computing(config), _spooled(config) as config:
         folder = choose_folder(output, config.data.train or "")
         plan = plan_run(config, observer)
         loop = build_loop(plan, folder, observer)  # settings that do not fit leave no folder
@@ -71,18 +75,25 @@ def resume_run(folder: Path, observer: Observer) -> dict[str, Any]:
         return _train(build_loop(plan, folder, observer), plan)
 
 
-def plan_only(config: RunConfig, observer: Observer) -> Plan:
-    """Resolves a run and stops: nothing is written but the cache of prepared data."""
-    with _standard_input(config) as config:
-        return plan_run(config, observer)
+def plan_only(config: RunConfig, output: str | Path | None, observer: Observer) -> Plan:
+    """Resolves a run and stops: nothing is written but the cache of prepared data.
+
+    Raises:
+        HastenError: whatever would keep the run from starting.
+    """
+    with _computing(config), _spooled(config) as config:
+        folder = choose_folder(output, config.data.train or "")
+        plan = plan_run(config, observer)
+        build_loop(plan, folder, observer)
+        return plan
 
 
 def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
     folder = loop.folder
     lock = lock_folder(folder)
     try:
-        remove_partials(folder)
-        with machine_errors("writing to the run folder"):
+        with machine_errors(f"writing to {folder}"), library_errors():
+            remove_partials(folder)
             log = MetricsLog(folder / "metrics.jsonl", loop.resume())
             if loop.state.step:
                 loop.observer.note(f"resumed at step {loop.state.step} of {plan.total_steps}")
@@ -90,9 +101,15 @@ def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
                 loop.run(log)
             finally:
                 log.close()
-        result = finish_run(loop, plan)
-        write_result(folder, result)
+            result = finish_run(loop, plan)
+            write_result(folder, result)
         return result
+    except BaseException as stop:
+        # A signal outside the loop, which has its own way of stopping: before its first step, or
+        # while the finished model is measured.
+        if isinstance(stop, KeyboardInterrupt) or hasattr(stop, "signal_number"):
+            raise Interrupted(getattr(stop, "signal_number", signal.SIGINT), folder) from None
+        raise
     finally:
         lock.release()
 
@@ -100,7 +117,8 @@ def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
 def _replan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
     """The plan of a run whose choices are already made."""
     device, _ = choose_device(config.train.device)
-    return Plan(config, [], prepare_data(config, Silent(), tokenizer), device)
+    data = prepare_data(config, Silent(), tokenizer)
+    return Plan(config, [], with_subword_dropout(data, config), device)
 
 
 @contextmanager
@@ -133,18 +151,30 @@ def _out_of_memory(config: RunConfig) -> OutOfMemoryError:
 
 
 @contextmanager
-def _standard_input(config: RunConfig) -> Iterator[RunConfig]:
+def _spooled(config: RunConfig) -> Iterator[RunConfig]:
     """Turns ``-`` into a file that can be read several times; it moves into the run folder."""
     if config.data.train != "-":
         yield config
         return
+    with standard_input_as_file() as path:
+        yield replace_values(config, {"data.train": str(path)})
+
+
+@contextmanager
+def standard_input_as_file() -> Iterator[Path]:
+    """Yields a file of the cache with what came by standard input; removes it afterwards.
+
+    Raises:
+        UsageError: nothing is piped into it.
+        DataError: it is empty.
+        MachineError: it cannot be kept.
+    """
     if sys.stdin.isatty():
         raise UsageError("- means standard input, and nothing is piped into it.")
-    folder = cache_folder() / "stdin"
     with machine_errors("keeping standard input"):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = spool_standard_input(sys.stdin.buffer, folder)
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="stdin-", dir=cache_folder()))
     try:
-        yield replace_values(config, {"data.train": str(path)})
+        yield spool_standard_input(sys.stdin.buffer, folder)
     finally:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
