@@ -268,6 +268,16 @@ def test_json_is_one_object_and_nothing_else(here: Path, cli):
     assert wanted["test"].items() <= again.items()
 
 
+def test_json_has_no_numbers_that_json_does_not_know(here: Path, cli):
+    """A test file without any label of the training has no loss; `NaN` is not JSON."""
+    write_rows(Path("other.csv"), [("a big fish", "fish")] * 3, ("text", "label"))
+    ended = cli("train", here / "basic.csv", "--test", "other.csv", *TINY, "--json", "-o", "run")
+    assert ended.code == 0 and "labels never seen in training count as errors: fish" in ended.err
+    for text in (ended.out, Path("run/result.json").read_text()):
+        test = json.loads(text, parse_constant=pytest.fail)["test"]
+        assert test["loss"] is None and test["accuracy"] == 0 and test["num_examples"] == 3
+
+
 def test_dry_run_writes_no_run_folder_and_shows_what_would_run(here: Path, cli, tmp_path: Path):
     ended = cli("train", here / "basic.csv", *TINY, "--dry-run", "--preset", "tiny")
     assert ended.code == 0 and tree(tmp_path) == set()
@@ -298,10 +308,17 @@ def test_quiet_keeps_warnings_and_results(here: Path, cli):
 
 def test_nothing_left_to_measure_on_is_said(cli):
     write_rows(Path("few.csv"), [("good one", "a"), ("bad one", "b")], ("text", "label"))
-    ended = cli("train", "few.csv", *TINY, "--quiet")
+    ended = cli("train", "few.csv", *TINY, "--quiet", "--eval.patience", "0")
     assert ended.code == 0
     assert "no rows were left to measure the model on: give --validation or --test" in ended.out
     assert "step 0" not in ended.out and "1 step)" in ended.out
+
+
+@pytest.mark.parametrize("more", [[], ["--data.validation_fraction", "0"]])
+def test_defaults_train_where_nothing_is_held_out(more: list[str], here: Path, cli):
+    write_rows(Path("few.csv"), [("good one", "a"), ("bad one", "b")], ("text", "label"))
+    data = here / "basic.csv" if more else "few.csv"
+    assert cli("train", data, *TINY, *more).code == 0
 
 
 def test_the_advice_for_two_text_columns_works(here: Path, cli):

@@ -367,8 +367,8 @@ def test_warnings_name_what_a_person_should_look_at(tmp_path: Path):
     for wanted in (
         "1 rejected",
         "line 64",
-        "1 rows repeat",
-        "fewer than 10 examples: c",
+        "repeat an earlier row's text: 1",
+        "fewer than 10 examples: 1, namely c",
         "1 rows have the same text",
         "unheard of",
         "longer than 3 tokens",

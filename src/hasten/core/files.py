@@ -152,5 +152,5 @@ def machine_errors(doing: str) -> Iterator[None]:
         }.get(error.errno or 0)
         if advice is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        raise MachineError(f"{doing}:{where}: {error.strerror}; {advice}.") from error
+        where = f" {error.filename}:" if error.filename else ""
+        raise MachineError(f"{doing}:{where} {error.strerror}; {advice}.") from error

@@ -361,8 +361,12 @@ def _kind(cells: Sequence[Cell], values: Sequence[str]) -> str:
         return "addresses"
     if most(map(_DATE.fullmatch, values)):
         return "dates"
-    # Words have digits now and then, identifiers nearly always, and they hardly recur.
-    marked = [any(map(str.isdigit, value)) and not re.search(r"\s", value) for value in values]
+    # Words have digits now and then, identifiers nearly always, and they hardly recur. Scripts
+    # that put no space between words write whole sentences without one.
+    marked = [
+        value.isascii() and any(map(str.isdigit, value)) and not re.search(r"\s", value)
+        for value in values
+    ]
     if most(marked) and len(set(values)) > 0.8 * len(values) > 2:
         return "identifiers"
     return "text"

@@ -89,7 +89,7 @@ def _blanked_lines(path: Path) -> Iterator[Example]:
     try:
         with path.open("rb") as file:
             tokens = list(tokenize.tokenize(file.readline))
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, tokenize.TokenError):
         return  # some of the library's files are broken on purpose
     by_line: dict[int, list[tokenize.TokenInfo]] = defaultdict(list)
     for token in tokens:

@@ -19,7 +19,14 @@ from hasten.optim.optimizers import default_learning_rate, default_settings
 MICRO_BATCH_TOKENS = 8192
 _LITTLE_TEXT = 3_000_000
 _FEW_BITS = 20_000
-_EPOCHS = ((300_000, 15.0), (1_000_000, 10.0), (3_000_000, 6.0), (float("inf"), 3.0))
+_MIN_STEP_TOKENS, _STEP_TOKENS, _MIN_STEPS_PER_EPOCH = 256, 2048, 40
+_EPOCHS = (
+    (20_000, 40.0),
+    (300_000, 15.0),
+    (1_000_000, 10.0),
+    (3_000_000, 6.0),
+    (float("inf"), 3.0),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class DataFacts:
         num_classes: labels, among which each example chooses.
         num_tokens: tokens of one epoch.
         num_threads: CPU threads that compute.
+        threads_reason: why so many.
+        has_validation: whether there are rows to choose the best model by.
         has_merges: whether the tokenizer is a plain BPE, so that merges can be skipped.
     """
 
@@ -38,6 +47,8 @@ class DataFacts:
     num_classes: int
     num_tokens: int
     num_threads: int
+    threads_reason: str
+    has_validation: bool
     has_merges: bool
 
 
@@ -101,8 +112,9 @@ def _training_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     name, width = config.optim.optimizer, settled(config.model.hidden_size)
     epochs = next(epochs for limit, epochs in _EPOCHS if facts.num_tokens < limit)
     yield Choice("train.epochs", epochs, f"at most, for {tokens}")
-    per_step = 2048 if facts.num_tokens < _LITTLE_TEXT else 8192
-    yield Choice("train.tokens_per_step", per_step, tokens)
+    per_step = min(_STEP_TOKENS, facts.num_tokens // _MIN_STEPS_PER_EPOCH)
+    per_step = 4 * _STEP_TOKENS if facts.num_tokens >= _LITTLE_TEXT else per_step
+    yield Choice("train.tokens_per_step", max(_MIN_STEP_TOKENS, per_step), tokens)
     yield Choice("train.micro_batch_tokens", MICRO_BATCH_TOKENS, "fixed; memory and speed only")
     uses_betas = "betas" in default_settings(name)
     rate = default_learning_rate(name, width)
@@ -111,19 +123,23 @@ def _training_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     betas = (0.9, 0.9 if facts.num_tokens < _LITTLE_TEXT else 0.95) if uses_betas else None
     yield Choice("optim.betas", betas, f"{name}; a short memory suits rare tokens")
     yield Choice("optim.weight_decay", 0.05 if uses_betas else 0.0, f"{name} from scratch")
-    yield Choice("train.num_threads", facts.num_threads, "the cores this process may use")
+    yield Choice("train.num_threads", facts.num_threads, facts.threads_reason)
 
 
 def _averaging_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     """A rate that stays up needs averaged weights, and can stop whenever progress ends."""
     schedule = config.optim.schedule
+    if not facts.has_validation:
+        yield Choice("eval.patience", 0, "there are no validation rows")
     if schedule not in ("constant", "plateau"):
         reason = f"the {schedule} schedule ends at a low rate"
         yield Choice("train.ema_decay", 0.0, reason)
-        yield Choice("eval.patience", 0, reason)
+        if facts.has_validation:
+            yield Choice("eval.patience", 0, reason)
         return
     per_epoch = facts.num_tokens / settled(config.train.tokens_per_step)
     horizon = round(min(1000, max(100, per_epoch)))
     reason = f"averages about {horizon} steps of a {schedule} learning rate"
     yield Choice("train.ema_decay", round(1 - 1 / horizon, 6), reason)
-    yield Choice("eval.patience", 4, "evaluations without progress")
+    if facts.has_validation:
+        yield Choice("eval.patience", 4, "evaluations without progress")

@@ -78,6 +78,10 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
         num_classes=len(data.task.labels),
         num_tokens=int(train.lengths.sum()),
         num_threads=available_cores(),
+        threads_reason="OMP_NUM_THREADS"
+        if os.environ.get("OMP_NUM_THREADS")
+        else "this machine's cores",
+        has_validation=len(data.splits["validation"].rows) > 0,
         has_merges=supports_dropout(data.tokenizer),
     )
     config, choices = choose(config, facts)

@@ -255,8 +255,8 @@ class Loop:
         if is_best:
             self.best = self._weights()
         state.evaluations.append({"step": state.step, **metrics})
-        if settings.patience and state.evaluations_since_best >= settings.patience:
-            state.stopped_early = True
+        is_stuck = state.evaluations_since_best >= settings.patience > 0
+        state.stopped_early = is_stuck and state.step < settings.total_steps
         parts.schedule.observe(metrics[settings.metric])
         log.write({"step": state.step, "split": "validation", **metrics, "is_best": is_best})
         self.observer.evaluation(

@@ -21,8 +21,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hasten.config.schema import DataConfig, RunConfig, settled
-from hasten.core.errors import UsageError
-from hasten.data.columns import ColumnChoice, check_label_values, choose_columns
+from hasten.core.errors import DataError, UsageError
+from hasten.data.cache import cache_folder
+from hasten.data.columns import (
+    ColumnChoice,
+    check_label_values,
+    choose_columns,
+    resolve_columns,
+)
 from hasten.data.corpus import Corpus, check_rejected, held_out_rows, open_corpus
 from hasten.data.rows import Rejected, Row, RowFile, open_rows
 from hasten.data.subword import SubwordDropout
@@ -123,6 +129,7 @@ def open_sources(config: DataConfig, observer: Observer) -> Sources:
     for name, path in (("validation", config.validation), ("test", config.test)):
         if path is not None:
             other = open_file(path, config)
+            check_columns(other, (*columns.text, columns.label))
             corpora[name] = open_corpus(other, columns.text, columns.label)
     for corpus in corpora.values():
         check_rejected(corpus, config.max_rejected_fraction)
@@ -139,10 +146,27 @@ def open_sources(config: DataConfig, observer: Observer) -> Sources:
     return Sources(columns, corpora, rows)
 
 
+def check_columns(file: RowFile, wanted: tuple[str, ...]) -> None:
+    """Looks for the training file's columns in another file.
+
+    Raises:
+        DataError: naming the file and the column that it lacks.
+    """
+    try:
+        resolve_columns(file.columns, wanted)
+    except UsageError as error:
+        raise DataError(f"{file.display_name}: {error}") from None
+
+
 def open_file(path: str | Path, config: DataConfig) -> RowFile:
     """Opens a file with the reading options of the run."""
+    from_stdin = Path(path).is_relative_to(cache_folder())
     return open_rows(
-        path, delimiter=config.delimiter, header=config.header, encoding=config.encoding
+        path,
+        delimiter=config.delimiter,
+        header=config.header,
+        encoding=config.encoding,
+        display_name="standard input" if from_stdin else None,
     )
 
 
@@ -219,11 +243,11 @@ def warn_about_rows(sources: Sources, observer: Observer) -> None:
         )
     duplicates = len(train) - len(np.unique(train.hashes))
     if duplicates:
-        observer.warn(f"{train.name}: {duplicates:,} rows repeat an earlier row's text")
+        observer.warn(f"{train.name}: rows that repeat an earlier row's text: {duplicates:,}")
     rare = [name for name, count in train.class_counts().items() if count < _FEW_EXAMPLES]
     if rare:
         observer.warn(
-            f"{train.name}: {len(rare)} classes have fewer than {_FEW_EXAMPLES} examples: "
+            f"{train.name}: classes with fewer than {_FEW_EXAMPLES} examples: {len(rare)}, namely "
             f"{', '.join(rare[:5])}{' ...' if len(rare) > 5 else ''}"
         )
     for name, corpus in sources.corpora.items():
