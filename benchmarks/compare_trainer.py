@@ -185,6 +185,7 @@ def run_hasten(
         "model.pooling": "first",
         "tokenizer.max_length": MAX_LENGTH,
         "tokenizer.dropout": 0,
+        "train.ema_decay": 0,
         "data.validation_fraction": 0,
         "eval.baseline": "false",
         "optim.warmup_fraction": WARMUP_FRACTION,

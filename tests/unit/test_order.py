@@ -90,16 +90,33 @@ def test_epochs_and_seeds_differ_and_are_shuffled():
     assert tuple(range(199)) not in orders
 
 
-def test_the_order_does_not_depend_on_the_lengths_of_other_batches():
-    """The permutation is of example numbers alone, so a budget only moves the cuts."""
-    lengths = np.arange(1, 100)
-    small, large = (
-        np.concatenate(
-            plan_epoch(lengths, seed=3, epoch=1, num_batches=steps_per_epoch(lengths, n))
-        ).tolist()
-        for n in (50, 5000)
+def test_like_lengths_meet_but_neighbours_change():
+    lengths = np.random.default_rng(0).integers(1, 60, 5000)
+    first, second = (
+        plan_epoch(lengths, seed=3, epoch=epoch, num_batches=steps_per_epoch(lengths, 2000))
+        for epoch in range(2)
     )
-    assert small == large
+    spread = np.mean([lengths[batch].std() for batch in first])
+    assert spread < 0.3 * lengths.std()
+    # Batches come in no order of length, and an example meets others in the next epoch.
+    means = np.array([lengths[batch].mean() for batch in first])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.4
+    home = {example: set(batch.tolist()) for batch in first for example in batch.tolist()}
+    again = [
+        len(home[example] & set(batch.tolist())) / len(batch)
+        for batch in second
+        for example in batch.tolist()[:1]
+    ]
+    assert np.mean(again) < 0.3
+
+
+def test_few_batches_are_not_sorted_into_the_same_ones_each_epoch():
+    lengths = np.arange(1, 41)
+    plans = [
+        {frozenset(b.tolist()) for b in plan_epoch(lengths, seed=1, epoch=e, num_batches=4)}
+        for e in range(3)
+    ]
+    assert not plans[0] & plans[1] and not plans[1] & plans[2]
 
 
 def test_the_place_of_an_example_is_uniform():

@@ -62,7 +62,7 @@ def demo(
     typer.echo(
         f"\nall of it took {duration(time.monotonic() - began)}. By hand:\n"
         f"  hasten inspect {data}/train.csv\n"
-        f"  hasten train {data}/train.csv --test {data}/test.csv\n"
+        f"  hasten train {data}/train.csv --test {data}/test.csv --epochs {_EPOCHS}\n"
         f"  hasten evaluate {folder} {data}/test.csv\n"
         f"  hasten predict {folder} '___ x is None:'"
     )

@@ -1,13 +1,13 @@
 """The order of an epoch: a pure function of (seed, epoch, lengths, budget).
 
-    lengths (E,) --permute--> stream of examples --cut at equal token quotas--> batches
+    lengths (E,) --permute--> windows, sorted --cut at equal token quotas, permute--> batches
 
 The plan never depends on how many processes there are, and nothing of it is saved: the place
 in the data is (epoch, batch), so resuming replays nothing and skips nothing.
 
-Examples are not sorted by length across batches. Packed batches carry no padding, so sorting
-gains only a few per cent in attention, while it would make batches of long examples hold few of
-them and so weigh each of those more.
+Packed batches carry no padding, but attention works on groups of like length: fewer and fuller
+groups are faster. So like lengths are gathered inside a shuffled window of a few batches, small
+enough that an example meets other neighbours in every epoch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from __future__ import annotations
 import numpy as np
 
 from hasten.core.seeds import derive_seed
+
+_WINDOW_BATCHES = 8
+_MIN_WINDOWS = 4  # an epoch of fewer batches has smaller windows, so that neighbours still change
 
 
 def steps_per_epoch(lengths: np.ndarray, tokens_per_step: int) -> int:
@@ -36,13 +39,20 @@ def plan_epoch(lengths: np.ndarray, *, seed: int, epoch: int, num_batches: int) 
     Returns:
         ``num_batches`` arrays of example numbers, none empty; each example is in exactly one.
     """
-    order = np.random.default_rng(derive_seed("order", seed, epoch)).permutation(len(lengths))
+    draw = np.random.default_rng(derive_seed("order", seed, epoch))
+    order = draw.permutation(len(lengths))
+    quota = int(lengths.sum()) / num_batches
+    batches_per_window = max(1, min(_WINDOW_BATCHES, num_batches // _MIN_WINDOWS))
+    window = (np.cumsum(lengths[order]) - lengths[order]) // (quota * batches_per_window)
+    if batches_per_window > 1:
+        order = order[np.lexsort((lengths[order], window))]
     before = np.cumsum(lengths[order]) - lengths[order]
     number = np.arange(1, num_batches)
-    cuts = np.searchsorted(before, number * (int(lengths.sum()) / num_batches))
+    cuts = np.searchsorted(before, number * quota)
     # An example longer than a quota would leave batches empty: each takes at least one example.
     cuts = np.maximum.accumulate(np.maximum(cuts, 1) - number) + number
-    return np.split(order, np.minimum(cuts, len(order) - num_batches + number))
+    batches = np.split(order, np.minimum(cuts, len(order) - num_batches + number))
+    return [batches[i] for i in draw.permutation(num_batches)]
 
 
 def cut_micro_batches(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hasten.core.batch import SequenceGroup, SequenceLayout
 from hasten.model.config import TransformerConfig
-from hasten.model.layers import apply_rotary
+from hasten.model.layers import apply_rotary, drop_elements
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def _attend_group(
         _take(x, group).unflatten(0, (group.count, group.length)).transpose(1, 2)
         for x in (q_NHC, k_NKC, v_NKC)
     )
+    if spec.dropout and q.device.type == "cpu":
+        return _attend_with_dropout(q, k, v, group, spec).transpose(1, 2).flatten(0, 1)
     out_BHLC = F.scaled_dot_product_attention(
         q,
         k,
@@ -106,6 +108,21 @@ def _attend_group(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out_BHLC.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_with_dropout(
+    q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, group: SequenceGroup, spec: AttentionSpec
+) -> Tensor:
+    """The formula as it stands, with our dropout: no fast kernel on CPU takes any."""
+    if q_BHLC.shape[1] != k_BKLC.shape[1]:
+        shared = q_BHLC.shape[1] // k_BKLC.shape[1]
+        k_BKLC = k_BKLC.repeat_interleave(shared, dim=1)
+        v_BKLC = v_BKLC.repeat_interleave(shared, dim=1)
+    scale = q_BHLC.shape[-1] ** -0.5 if spec.scale is None else spec.scale
+    scores_BHLL = (q_BHLC * scale) @ k_BKLC.transpose(-1, -2)
+    if group.mask is not None:
+        scores_BHLL = scores_BHLL.masked_fill(~group.mask, float("-inf"))
+    return drop_elements(scores_BHLL.softmax(-1), spec.dropout) @ v_BKLC
 
 
 def _take(x: Tensor, group: SequenceGroup) -> Tensor:

@@ -131,11 +131,7 @@ def apply_rotary(x_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Zeroes elements at ``rate`` in training and scales the others by 1 / (1 - rate).
-
-    PyTorch's own draws one number an element on one CPU thread, up to a sixth of a training step;
-    here each draw of 64 bits serves four elements, so the rate is exact to 1 / 65,536.
-    """
+    """Zeroes elements at ``rate`` in training and scales the others by 1 / (1 - rate)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -143,19 +139,28 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps a tensor of any shape to one of the same shape."""
-        if not self.training or self.rate == 0.0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.rate, training=True)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        dropped = min(round(self.rate * 65536), 65535)
-        keep = (uniform >= dropped - 32768).to(x.dtype)
-        return x * keep.mul_(65536 / (65536 - dropped))
+        return drop_elements(x, self.rate) if self.training else x
 
     def extra_repr(self) -> str:
         """Shows the rate."""
         return f"rate={self.rate}"
+
+
+def drop_elements(x: Tensor, rate: float) -> Tensor:
+    """Zeroes elements of a tensor at ``rate`` and scales the others by 1 / (1 - rate).
+
+    PyTorch's own draws one number an element on one CPU thread, up to a sixth of a training step;
+    here each draw of 64 bits serves four elements, so the rate is exact to 1 / 65,536.
+    """
+    dropped = min(round(rate * 65536), 65535)
+    if dropped == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, rate, training=True)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    keep = (uniform >= dropped - 32768).to(x.dtype)
+    return x * keep.mul_(65536 / (65536 - dropped))
 
 
 class StochasticDepth(nn.Module):
