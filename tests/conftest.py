@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch, and for child processes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A runner that starts the tests in the background may leave SIGINT ignored, which child processes
+# would inherit: then no Ctrl-C could be tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

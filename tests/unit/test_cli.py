@@ -191,7 +191,7 @@ def test_every_guess_is_printed_with_its_reason(here: Path, cli):
         ("validation: 12 rows of ", "held out by a hash"),
         ("tokenizer: bpe trained on the training rows", "characters of text"),
         ("train.device: ", "CUDA"),
-        ("train.num_threads: 1 (", "cores"),
+        ("train.num_threads: 1 (", "OMP_NUM_THREADS"),
     ):
         assert any(n.startswith(begin) and reason in n for n in notes), begin
     assert f"{here}/basic.csv: 120 rows read, 120 used" in notes

@@ -94,7 +94,7 @@ def test_the_size_of_a_micro_batch_does_not_matter(
         assert next(iter(found[-1].values())).dtype == dtype
     with default_dtype(dtype):
         start = dict(make_loop(data_file, tmp_path, **settings).parts.model.state_dict())
-    assert largest_difference(found[0], start) > 1e-3
+    assert largest_difference(found[0], start) > 5e-4  # or nothing would be shown
     for other in found[1:]:
         assert largest_difference(found[0], other) <= tolerance
 
