@@ -9,10 +9,6 @@ from collections.abc import Iterator
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch, and for child processes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# A runner that starts the tests in the background may leave SIGINT ignored, which child processes
-# would inherit: then no Ctrl-C could be tested.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import torch
 from hypothesis import settings
@@ -20,6 +16,15 @@ from hypothesis import settings
 # The same examples in every run: a test that fails now and then is no proof of anything.
 settings.register_profile("hasten", derandomize=True, deadline=None, database=None)
 settings.load_profile("hasten")
+
+
+def pytest_configure() -> None:
+    """Restores what Ctrl-C does.
+
+    A runner that starts the tests in the background may leave SIGINT ignored, which child
+    processes would inherit: then no Ctrl-C could be tested.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
