@@ -184,7 +184,7 @@ def run_hasten(
         "model.zero_init_residual": "false",
         "model.pooling": "first",
         "tokenizer.max_length": MAX_LENGTH,
-        "tokenizer.dropout": 0,
+        "data.augment": "none",
         "train.ema_decay": 0,
         "data.validation_fraction": 0,
         "eval.baseline": "false",

@@ -17,13 +17,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SST2 = REPOSITORY.parent / "shared" / "data" / "sst2"
+DATA = REPOSITORY.parent / "shared" / "data"
+SST2, MULTI30K = DATA / "sst2", DATA / "multi30k"
+TINY_SHAKESPEARE = DATA / "tinyshakespeare" / "input.txt"
 _SAMPLE_ROWS = 1000
+_POLL_SECONDS = 0.05
 
 
 class Finished(NamedTuple):
@@ -31,6 +34,21 @@ class Finished(NamedTuple):
 
     seconds: float
     result: dict[str, Any]
+
+
+class Watched(NamedTuple):
+    """A training that ended well.
+
+    Attributes:
+        seconds: wall-clock, of the whole command.
+        result: the JSON object it printed.
+        evaluations: those of its metrics.jsonl, each with ``command_seconds``, the wall-clock
+            seconds from the start of the command to when it stood there.
+    """
+
+    seconds: float
+    result: dict[str, Any]
+    evaluations: list[dict[str, Any]]
 
 
 class Pairs(NamedTuple):
@@ -59,7 +77,7 @@ class Pairs(NamedTuple):
 
 def describe_machine(num_threads: int) -> dict[str, Any]:
     """Returns what a reader needs to judge a figure."""
-    packages = ("torch", "transformers", "scikit-learn")
+    packages = ("torch", "tokenizers", "transformers", "scikit-learn", "sacrebleu")
     return {
         "processor": _processor(),
         "num_cores": os.cpu_count(),
@@ -104,6 +122,44 @@ def run_json(command: Sequence[str], environment: Mapping[str, str]) -> Finished
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nexited with {done.returncode}:\n{done.stderr[-3000:]}")
     return Finished(seconds, json.loads(done.stdout))
+
+
+def run_watched(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    on_evaluation: Callable[[dict[str, Any]], None],
+) -> Watched:
+    """Runs ``hasten train``, noting when each evaluation of its validation rows is there.
+
+    Args:
+        command: which prints one JSON object.
+        environment: of the command.
+        folder: of this child alone; its run goes to ``run`` in it, its output beside that.
+        on_evaluation: told of each evaluation as it comes.
+    """
+    command = [*command, "--output", str(folder / "run"), "--json"]
+    evaluations: list[dict[str, Any]] = []
+    with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+        try:
+            ended, seconds = False, 0.0
+            while not ended:
+                time.sleep(_POLL_SECONDS)
+                ended = child.poll() is not None
+                seconds = time.perf_counter() - start
+                for entry in _evaluations(folder / "run" / "metrics.jsonl")[len(evaluations) :]:
+                    evaluations.append({"command_seconds": seconds, **entry})
+                    on_evaluation(evaluations[-1])
+        finally:
+            child.kill()
+            child.wait()
+        out.seek(0)
+        err.seek(0)
+        if child.returncode:
+            sys.exit(f"{' '.join(command)}\nexited with {child.returncode}:\n{err.read()[-3000:]}")
+        return Watched(seconds, json.load(out), evaluations)
 
 
 def missing(paths: Sequence[Path]) -> str | None:
@@ -174,6 +230,14 @@ def skip(benchmark: str, reason: str, path: Path | None) -> None:
 def say(text: str) -> None:
     """Prints progress, apart from results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows is not whole yet
+    entries = [json.loads(line) for line in lines]
+    return [entry for entry in entries if entry.get("split") == "validation"]
 
 
 def _processor() -> str:

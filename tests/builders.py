@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from hasten.core.batch import PackedBatch, SequenceLayout, positions_from_lengths
+from hasten.data.corpus import Corpus, open_corpus
+from hasten.data.rows import RowFile
 from hasten.model.transformer import Transformer
+from hasten.task.text_classification import TextClassification
 
 VOCAB = 40
 
@@ -64,8 +67,9 @@ def pack(
     types: Sequence[Tensor] | None = None,
     targets: Sequence[int] | None = None,
     weight: float = 1.0,
+    sources: Sequence[Tensor] | None = None,
 ) -> PackedBatch:
-    """Lays sequences end to end."""
+    """Lays sequences end to end, and beside them those that an encoder-decoder reads."""
     lengths = [len(s) for s in sequences]
     return PackedBatch(
         token_ids=torch.cat(list(sequences)),
@@ -73,6 +77,7 @@ def pack(
         layout=SequenceLayout.from_lengths(lengths),
         example_ids=torch.arange(len(lengths)),
         token_types=None if types is None else torch.cat(list(types)),
+        source=None if sources is None else pack(sources),
         targets=None if targets is None else torch.tensor(list(targets)),
         weight=weight,
     )
@@ -142,6 +147,13 @@ def write_labelled(path: Path, count: int, seed: int = 0, **options: Any) -> Pat
     return write_rows(path, labelled_rows(count, seed, **options), ("text", "label"))
 
 
+def corpus_of(
+    *files: RowFile, text: Sequence[str] = ("text",), label: str | None = "label"
+) -> Corpus:
+    """The usable rows of files, read as text classification reads them."""
+    return open_corpus(files, TextClassification.reading_of("text", text, label))
+
+
 TINY: dict[str, Any] = {
     "model.num_layers": 2,
     "model.hidden_size": 32,
@@ -177,7 +189,7 @@ class Recorder:
 
 
 STILL = {
-    "tokenizer.dropout": 0.0,
+    "data.augment": "none",
     "model.dropout": 0.0,
     "model.token_dropout": 0.0,
     "model.head_dropout": 0.0,

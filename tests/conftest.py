@@ -1,10 +1,11 @@
-"""What every test rests on: one thread, and a token cache that is not the person's own."""
+"""What every test rests on: one thread, a cache that is not the person's own, and the command."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch, and for child processes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,3 +51,30 @@ def double_precision() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code, and what it wrote to each stream."""
+
+    code: Any
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        """The last line of standard error."""
+        return self.err.rstrip("\n").rpartition("\n")[2]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs the command in this process."""
+    from hasten.cli.main import main  # here, so that no other test needs the command
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return Ended(ended.value.code, *capsys.readouterr())
+
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -13,7 +14,11 @@ import pytest
 
 import hasten
 from builders import TINY, labelled_rows, write_labelled, write_rows
+from hasten.config.load import build_config
 from hasten.core.errors import DamagedError, DataError, UsageError
+from hasten.task.text_classification import TextClassification
+from hasten.training.observe import Silent
+from hasten.training.session import start_run
 
 EIGHT = [
     ("a heron by the water", "bird"),
@@ -27,7 +32,7 @@ EIGHT = [
 ]
 OVERFIT: dict[str, Any] = {
     **TINY,
-    "tokenizer.dropout": 0.0,
+    "data.augment": "none",
     "data.validation_fraction": 0.0,
     "model.dropout": 0.0,
     "model.token_dropout": 0.0,
@@ -45,7 +50,13 @@ OVERFIT: dict[str, Any] = {
 def eight(tmp_path_factory: pytest.TempPathFactory) -> hasten.Run:
     folder = tmp_path_factory.mktemp("eight")
     path = write_rows(folder / "train.csv", EIGHT, ("text", "label"))
-    return hasten.train(path, test=path, output=folder / "run", settings=OVERFIT)
+    settings = {**OVERFIT, "eval.baseline": True}
+    return hasten.train(path, test=path, output=folder / "run", settings=settings)
+
+
+def labels_of(run: hasten.Run) -> tuple[str, ...]:
+    assert isinstance(run.task, TextClassification)
+    return run.task.labels
 
 
 def test_eight_examples_are_learned_by_heart(eight: hasten.Run):
@@ -86,7 +97,9 @@ def test_predictions_agree_with_the_evaluation(eight: hasten.Run):
     assert [p["label"] for p in predictions] == [label for _, label in EIGHT]
     losses = []
     for prediction, (_, label) in zip(predictions, EIGHT, strict=True):
-        assert set(prediction["probabilities"]) == {"bird", "fruit", "tool"} == set(eight.labels)
+        assert (
+            set(prediction["probabilities"]) == {"bird", "fruit", "tool"} == set(labels_of(eight))
+        )
         assert sum(prediction["probabilities"].values()) == pytest.approx(1)
         assert prediction["probability"] == max(prediction["probabilities"].values())
         losses.append(-math.log(prediction["probabilities"][label]))
@@ -105,13 +118,13 @@ def test_predictions_agree_with_the_evaluation(eight: hasten.Run):
 def test_odd_texts_are_predicted_too(eight: hasten.Run):
     for text in ("", " ", "\u0000", "中文", "👍🏽", "x" * 20000, "[CLS] [PAD] [SEP]"):
         (found,) = eight.predict([text])
-        assert found["label"] in eight.labels and 0 < found["probability"] <= 1
+        assert found["label"] in labels_of(eight) and 0 < found["probability"] <= 1
 
 
 def test_a_saved_run_predicts_the_same_in_a_new_process(eight: hasten.Run, tmp_path: Path):
     code = (
         "import json, sys, hasten; run = hasten.load(sys.argv[1]); "
-        "print(json.dumps([run.predict(json.loads(sys.argv[2])), list(run.labels)]))"
+        "print(json.dumps([run.predict(json.loads(sys.argv[2])), list(run.task.labels)]))"
     )
     texts = [text for text, _ in EIGHT]
     out = subprocess.run(
@@ -122,7 +135,7 @@ def test_a_saved_run_predicts_the_same_in_a_new_process(eight: hasten.Run, tmp_p
         cwd=tmp_path,
     )
     predictions, labels = json.loads(out.stdout)
-    assert predictions == eight.predict(texts) and labels == list(eight.labels)
+    assert predictions == eight.predict(texts) and labels == list(labels_of(eight))
     assert out.stderr == ""
 
 
@@ -157,7 +170,7 @@ def test_names_of_labels_survive_to_the_end(
         "data.label_column": "label",
     }
     run = hasten.train(path, output=tmp_path / "run", settings=settings)
-    assert run.labels == hasten.load(tmp_path / "run").labels == wanted
+    assert labels_of(run) == labels_of(hasten.load(tmp_path / "run")) == wanted
     assert set(run.predict(rows[0][0])[0]["probabilities"]) == set(wanted)
     assert [row["label"] for row in run.result["validation"]["per_class"]] == list(wanted)
     assert run.evaluate(path)["num_examples"] == 60
@@ -173,7 +186,7 @@ def test_json_labels_survive_to_the_end(values, wanted, tmp_path: Path):
     path.write_text("".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in rows))
     settings = {**TINY, "train.epochs": 1}
     run = hasten.train(path, output=tmp_path / "run", settings=settings)
-    assert run.labels == wanted
+    assert labels_of(run) == wanted
 
 
 def test_rejected_rows_are_all_listed(tmp_path: Path):
@@ -184,9 +197,38 @@ def test_rejected_rows_are_all_listed(tmp_path: Path):
     assert [json.loads(line)["line"] for line in lines] == [62, 63]
     assert run.result["training"]["num_rejected"] == 2
     data = json.loads((run.folder / "data.json").read_text())
-    counts = data["files"]["train"]
-    assert counts["rows_used"] + counts["rows_rejected"] == counts["rows_read"] == 62
+    assert data["rows"] == {"train": {"read": 62, "used": 60, "rejected": 2}}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert data["files"] == [{"split": "train", "path": str(path), "sha256": digest}]
     assert data["num_examples"]["train"] + data["num_examples"]["validation"] == 60
+
+
+def test_several_training_files_are_one_run(tmp_path: Path):
+    first = write_labelled(tmp_path / "a.csv", 40)
+    other = tmp_path / "b.jsonl"
+    lines = [json.dumps({"label": v, "text": t}) for t, v in labelled_rows(35, seed=1)]
+    other.write_text("\n".join([*lines, '{"label": "bird"}']) + "\n")
+    test = [write_labelled(tmp_path / f"{name}.csv", 10, seed=2) for name in "xy"]
+    settings = {**TINY, "train.epochs": 1}
+    run = hasten.train([first, other], test=test, output=tmp_path / "run", settings=settings)
+    data = json.loads((run.folder / "data.json").read_text())
+    assert [(entry["split"], entry["path"]) for entry in data["files"]] == [
+        ("train", str(first)),
+        ("train", str(other)),
+        *(("test", str(path)) for path in test),
+    ]
+    assert data["rows"]["train"] == {"read": 76, "used": 75, "rejected": 1}
+    (rejected,) = (run.folder / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["file"] == str(other) and json.loads(rejected)["line"] == 36
+    assert run.result["test"]["num_examples"] == 20
+    # A pattern that fits the same files in the same order is the same run.
+    pattern = build_config(overrides={"data.train": str(tmp_path / "[ab].*"), **settings})
+    start_run(pattern, tmp_path / "again", Silent())
+    found = [
+        (folder / "model" / "model.safetensors").read_bytes()
+        for folder in (run.folder, tmp_path / "again")
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("segments", ["join", "separate"])
@@ -203,7 +245,7 @@ def test_two_text_columns(segments: str, tmp_path: Path):
         "data.segments": segments,
     }
     run = hasten.train(path, output=tmp_path / "run", settings=settings)
-    assert run.saved.text_columns == ("one", "two")
+    assert run.task.input_columns == ("one", "two")
     assert run.saved.model.config.num_token_types == (2 if segments == "separate" else 0)
     first, swapped = run.predict([("a b", "c d"), ("c d", "a b")])
     assert first["probabilities"] != swapped["probabilities"]
@@ -253,10 +295,6 @@ def test_the_run_folder_is_complete(eight: hasten.Run):
 
 
 def test_the_saved_configuration_repeats_the_run(tmp_path: Path):
-    from hasten.config.load import build_config
-    from hasten.training.observe import Silent
-    from hasten.training.session import start_run
-
     path = write_labelled(tmp_path / "t.csv", 80)
     settings = {**TINY, "train.epochs": 2}
     run = hasten.train(path, output=tmp_path / "run", settings=settings)
@@ -319,8 +357,9 @@ def test_standard_input_is_kept_with_the_run_and_two_do_not_mix(tmp_path: Path):
         assert child.returncode == 0, errors.decode()
         run = tmp_path / f"run{i}"
         assert (run / "standard-input.csv").read_bytes() == contents[i]
-        files = json.loads((run / "data.json").read_text())["files"]
-        assert files["train"]["rows_read"] == 60 + 30 * i
+        data = json.loads((run / "data.json").read_text())
+        assert data["rows"]["train"]["read"] == 60 + 30 * i
+        assert [entry["path"] for entry in data["files"]] == [str(run / "standard-input.csv")]
         before = (run / "model" / "model.safetensors").read_bytes()
         hasten.train(resume=run)  # the file is found where it now lies
         assert (run / "model" / "model.safetensors").read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import json
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_the_wheel_says_what_pyproject_says(wheel: Path):
     assert about["Requires-Python"] == ">=3.11"
     needed = [n for n in about.get_all("Requires-Dist", []) if "extra ==" not in n]
     assert sorted(needed) == sorted(project["dependencies"])
-    assert "hasten = hasten.cli.main:main" in texts["entry_points.txt"]
+    assert "hasten = hasten.__main__:main" in texts["entry_points.txt"]
     assert "Apache License" in texts["LICENSE"]
     if (ROOT / "README.md").exists():
         assert about.get_payload().strip() == (ROOT / "README.md").read_text().strip()
@@ -86,9 +87,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, seconds: float = 120) -> str:
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=120
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=seconds
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -107,3 +108,15 @@ def test_the_wheel_works_from_another_folder(installed: Path, own_cache: Path, t
     assert "run folder: runs/train-1" in out
     out = run(installed.with_name("hasten"), "predict", "runs/train-1", "an owl", cwd=tmp_path)
     assert out.split("\t")[0] in ("bird", "fruit", "tool") and out.endswith("\tan owl\n")
+
+
+def test_the_demo_of_the_wheel(installed: Path, own_cache: Path, tmp_path: Path):
+    """As it is: there is no shorter one."""
+    out = run(installed.with_name("hasten"), "demo", "--quiet", cwd=tmp_path, seconds=900)
+    assert out.startswith("data: ") and "\nsome of the test set:\n" in out
+    folder = tmp_path / "runs" / "demo-1"
+    assert folder.with_name("demo-1-data").is_dir()
+    assert {path.name for path in (folder / "model").iterdir()} >= {"config.json", "tokenizer.json"}
+    found = json.loads((folder / "result.json").read_text())
+    assert found["test"]["accuracy"] > found["baselines"]["majority"]["accuracy"]
+    assert f"\ntest: accuracy {found['test']['accuracy']:.4f} " in out

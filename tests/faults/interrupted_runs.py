@@ -21,10 +21,10 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # torch._dynamo is what the first optimizer of a process imports, for seconds.
 _CONTEXT.set_forkserver_preload(["hasten.training.run", "torch._dynamo"])
 
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "train_seconds", "tokens_per_second")
 
 SETTINGS: dict[str, Any] = {
-    "tokenizer.dropout": 0.1,
+    "data.augment": "bpe_dropout=0.1",
     "model.num_layers": 2,
     "model.hidden_size": 32,
     "model.num_heads": 2,
@@ -135,6 +135,9 @@ def result(run: Path) -> dict[str, Any]:
     """result.json without what the clock or the folder says."""
     found = json.loads((run / "result.json").read_text())
     found.pop("run")
-    for name in ("seconds", "tokens_per_second"):
-        found["training"].pop(name)
-    return found
+    return {
+        key: {k: v for k, v in value.items() if k not in TIMING}
+        if isinstance(value, dict)
+        else value
+        for key, value in found.items()
+    }

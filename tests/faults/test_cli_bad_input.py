@@ -8,12 +8,13 @@ import os
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import hasten
 from builders import labelled_rows, write_rows
+from conftest import Ended
 from hasten.cli.main import main
 from hasten.core.errors import DamagedError, DataError, HastenError, MachineError, UsageError
 
@@ -22,25 +23,6 @@ TINY = [
     *("--epochs", "1", "--eval.baseline", "false"),
 ]
 USAGE, DATA, DAMAGED, MACHINE = 2, 3, 4, 8
-
-
-class Ended(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]):
-    """Runs the command in this process."""
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        return Ended(ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -245,12 +227,12 @@ WRONG_USE: dict[str, tuple[str, ...]] = {
     "train train.csv --seed x": ("--seed", "integer"),
     "train train.csv --train.epochs": ("--train.epochs needs a value",),
     "train train.csv --epochs 1 --train.epochs 2": ("train.epochs is given twice",),
-    "train train.csv --preset smal": ("tiny, small, base, article", "'small'?"),
-    "train train.csv --task translation": ("task: 'translation'", "'text-classification'"),
+    "train train.csv --preset smal": ("there are tiny, small, base", "'small'?"),
+    "train train.csv --task translate": ("unknown task 'translate'", "'translation'?"),
     "train train.csv --tokenizer bpee": ("bpee: neither a file nor", "'bpe'?"),
     "train train.csv --device gpu": ("train.device: 'gpu'", "'cpu'"),
     "predict RUN hi --device xpu": ("--device xpu", "cuda"),
-    "train train.csv more.csv": ("(more.csv)",),
+    "inspect train.csv more.csv": ("(more.csv)",),
     "train train.csv -c none.yaml": ("none.yaml: no such configuration file",),
     "train train.csv -c key.yaml": ("'train.epoch'", "'train.epochs'?"),
     "train train.csv -c form.yaml": ("form.yaml, line 3", "not valid YAML"),
@@ -285,7 +267,7 @@ WRONG_USE: dict[str, tuple[str, ...]] = {
     ),
     "evaluate RUN train.csv --train.epochs 2": ("is for training",),
     "demo --train.epochs 2": ("demo takes no settings",),
-    "evaluate RUN": ("Missing argument 'data'", "hasten evaluate --help"),
+    "evaluate RUN": ("Missing argument 'FILE", "hasten evaluate --help"),
     "train --resume nowhere": ("nowhere is not a run folder",),
     "train --resume d.csv": ("d.csv is not a run folder",),
     "train train.csv --resume RUN": ("--resume", "give it alone"),

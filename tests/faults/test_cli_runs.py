@@ -14,14 +14,15 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 import hasten
 from builders import labelled_rows, write_rows
+from conftest import Ended
 from hasten.cli.console import PlainConsole
-from hasten.cli.main import Stopped, main
+from hasten.cli.main import Stopped
 from hasten.core.errors import UsageError
 from hasten.core.files import FileLock
 
@@ -30,29 +31,6 @@ SIZE = [
     *("--eval.baseline", "false", "--train.tokens_per_step", "200", "--train.log_every", "1"),
 ]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Ended(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def last(self) -> str:
-        return self.err.rstrip("\n").rpartition("\n")[2]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]):
-    """Runs the command in this process."""
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        return Ended(ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +186,47 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
         [sys.executable, "-m", "hasten", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
+
+
+def wait_for_import(process: subprocess.Popen[str], name: str) -> None:
+    """Returns when a child with `-X importtime` has imported a module."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.rpartition("|")[2].strip() == name:
+            return
+    pytest.fail(f"ended without importing {name}")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+def test_a_signal_while_the_command_starts(number: signal.Signals, seconds: float, tmp_path: Path):
+    """From its first imports on, which take most of the first second, until it reads its input."""
+    command = [sys.executable, "-X", "importtime", "-m", "hasten", "inspect", "-"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    wait_for_import(process, "hasten.cli")
+    time.sleep(seconds)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    told = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, out) == (128 + number, "")
+    assert told == ["hasten: stopped; nothing half-done is kept."]
+    assert [p.name for p in tmp_path.iterdir()] == ["train.csv"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_ignored_stays_so(number: signal.Signals):
+    """As after nohup, and with SIGINT for what a shell runs in the background."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "hasten", "--version"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+    )  # fmt: skip
+    wait_for_import(process, "hasten.cli")
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, f"{hasten.__version__}\n")
 
 
 @pytest.mark.slow
@@ -390,7 +409,7 @@ def test_the_demo_leaves_what_it_advertises(cli, own_cache: Path, tmp_path: Path
     write, train = keywords.write_keyword_files, run.train
     tiny = {
         "model.num_layers": 1, "model.hidden_size": 16, "model.num_heads": 2,
-        "train.epochs": 1, "train.tokens_per_step": 4096, "eval.baseline": False,
+        "train.epochs": 1, "train.tokens_per_step": 4096,
     }  # fmt: skip
 
     made = tmp_path / "made"
@@ -415,7 +434,7 @@ def test_the_demo_leaves_what_it_advertises(cli, own_cache: Path, tmp_path: Path
     assert "seed: 3" in Path("runs/demo-1/config.yaml").read_text()
     lines = ended.out.splitlines()
     assert lines[0].endswith(": runs/demo-1-data/train.csv")
-    assert "compared on test, trained on the same rows:" in lines
+    assert "compared by accuracy on test, trained on the same rows:" in lines
     shown = lines[lines.index("some of the test set:") + 1 :][:10]
     assert len(shown) == 10 and all("___" in line for line in shown[::2])
     assert all(line.endswith("; right)") or "; wrong, it was " in line for line in shown[1::2])

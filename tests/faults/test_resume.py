@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train.learning_rate": 0.03,
         "eval.metric": "macro_f1",
         "train.epochs": 12,
+        "data.augment": "word_swap=0.2,word_dropout=0.05,bpe_dropout=0.1",
     },
 }
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.core.batch import SequenceLayout
+from hasten.core.batch import GroupPlan, GroupSide, SequenceLayout, plan_groups
 from hasten.model.attention import Attention, AttentionSpec, attend
 from hasten.model.config import TransformerConfig
 
@@ -18,65 +18,100 @@ LENGTHS = st.one_of(
     st.lists(st.integers(1, 9), min_size=1, max_size=10),
     st.lists(st.sampled_from([1, 5, 64, 65, 200, 330]), min_size=1, max_size=6),
 )
+PAIRS = st.one_of(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=10),
+    st.lists(
+        st.tuples(st.sampled_from([1, 5, 64, 65, 200]), st.sampled_from([1, 7, 64, 180, 330])),
+        min_size=1,
+        max_size=6,
+    ),
+)
+SPECS = {
+    "all": AttentionSpec(),
+    "scaled": AttentionSpec(scale=0.3),
+    "soft-cap": AttentionSpec(softcap=0.7),
+    "causal": AttentionSpec(causal=True),
+    "window 1": AttentionSpec(causal=True, window=1),
+    "window 3": AttentionSpec(causal=True, window=3),
+    "window 70": AttentionSpec(causal=True, window=70),
+    "causal, soft-cap": AttentionSpec(causal=True, softcap=0.7, scale=0.5),
+    "window 3, soft-cap": AttentionSpec(causal=True, window=3, softcap=0.7),
+}
+
+
+def plan_of(asking: list[int], looked_at: list[int] | None = None) -> GroupPlan:
+    queries = SequenceLayout.from_lengths(asking)
+    if looked_at is None:
+        return queries.group_plan
+    return plan_groups(queries, SequenceLayout.from_lengths(looked_at))
 
 
 def naive(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, asking: list[int], looked_at: list[int], spec: AttentionSpec
 ) -> Tensor:
-    """softmax(scale * q k) v, one sequence, one head and one query at a time."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    """The formula for one sequence, one query and one head at a time."""
+    scale = q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
     share = q.shape[1] // k.shape[1]
     rows = []
-    start = 0
-    for length in lengths:
-        for i in range(start, start + length):
+    first = start = 0
+    for num_queries, num_keys in zip(asking, looked_at, strict=True):
+        for i in range(num_queries):
+            end = i + 1 if spec.causal else num_keys
+            begin = max(0, end - spec.window) if spec.window else 0
             heads = []
             for h in range(q.shape[1]):
-                keys, values = (x[start : start + length, h // share] for x in (k, v))
-                weight = torch.exp(scale * (keys @ q[i, h]))
+                keys, values = (x[start + begin : start + end, h // share] for x in (k, v))
+                scores = scale * (keys @ q[first + i, h])
+                if spec.softcap:
+                    scores = spec.softcap * torch.tanh(scores / spec.softcap)
+                weight = torch.exp(scores)
                 heads.append((weight / weight.sum()) @ values)
             rows.append(torch.stack(heads))
-        start += length
+        first, start = first + num_queries, start + num_keys
     return torch.stack(rows)
 
 
-def block_diagonal(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """The same with one mask over the whole stream: fast, and differentiable by autograd."""
-    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+def masked(
+    q: Tensor, k: Tensor, v: Tensor, asking: list[int], looked_at: list[int], spec: AttentionSpec
+) -> Tensor:
+    """The same with one mask over the whole streams: fast, and differentiable by autograd."""
+    ids_N, ids_M = (SequenceLayout.from_lengths(x).sequence_ids for x in (asking, looked_at))
+    seen = ids_N[:, None] == ids_M[None, :]
+    if spec.causal:  # one stream
+        distance = torch.arange(len(q))[:, None] - torch.arange(len(k))[None, :]
+        seen &= distance >= 0
+        seen &= distance < (spec.window or len(q))
     share = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    scores = torch.einsum("nhc,mhc->hnm", q, k) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(ids[:, None] != ids[None, :], -math.inf)
-    return torch.einsum("hnm,mhc->nhc", scores.softmax(-1), v)
+    scale = 1 / math.sqrt(q.shape[-1]) if spec.scale is None else spec.scale
+    scores = scale * torch.einsum("nhc,mhc->hnm", q, k)
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return torch.einsum("hnm,mhc->nhc", weights, v)
 
 
-def draw(lengths: list[int], heads: int, kv_heads: int, size: int = 4) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(len(lengths))
-    total = sum(lengths)
+def draw(
+    asking: list[int], heads: int, kv_heads: int, looked_at: list[int] | None = None
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(len(asking))
+    num_keys = sum(asking if looked_at is None else looked_at)
     return [
-        torch.randn(total, h, size, dtype=torch.float64, generator=generator)
-        for h in (heads, kv_heads, kv_heads)
+        torch.randn(total, h, 4, dtype=torch.float64, generator=generator)
+        for total, h in ((sum(asking), heads), (num_keys, kv_heads), (num_keys, kv_heads))
     ]
 
 
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("lengths", [[1], [3, 3, 3], [5, 1, 4, 1], [2, 30, 2, 31]])
-def test_attention_equals_the_formula(lengths: list[int], kv_heads: int, scale: float | None):
-    q, k, v = draw(lengths, 4, kv_heads)
-    found = attend(q, k, v, SequenceLayout.from_lengths(lengths), AttentionSpec(scale=scale))
-    torch.testing.assert_close(found, naive(q, k, v, lengths, scale), rtol=1e-12, atol=1e-12)
-
-
-@settings(max_examples=80)
-@given(lengths=LENGTHS, kv_heads=st.sampled_from([1, 2]))
-def test_outputs_and_gradients_equal_one_masked_softmax(lengths: list[int], kv_heads: int):
-    tensors = draw(lengths, 2, kv_heads)
+def assert_outputs_and_gradients_agree(
+    asking: list[int], looked_at: list[int] | None, kv_heads: int, spec: AttentionSpec
+) -> None:
+    tensors = draw(asking, 2, kv_heads, looked_at)
+    plan, others = plan_of(asking, looked_at), asking if looked_at is None else looked_at
     weight = torch.randn_like(tensors[0])
     results = []
     for function in (
-        lambda q, k, v: attend(q, k, v, SequenceLayout.from_lengths(lengths), AttentionSpec()),
-        lambda q, k, v: block_diagonal(q, k, v, lengths),
+        lambda q, k, v: attend(q, k, v, plan, spec),
+        lambda q, k, v: masked(q, k, v, asking, others, spec),
     ):
         leaves = [t.clone().requires_grad_() for t in tensors]
         out = function(*leaves)
@@ -85,42 +120,182 @@ def test_outputs_and_gradients_equal_one_masked_softmax(lengths: list[int], kv_h
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[1], [3, 3, 3], [5, 1, 4, 1], [2, 30, 2, 31]])
+def test_attention_equals_the_formula(lengths: list[int], kv_heads: int, spec: AttentionSpec):
+    q, k, v = draw(lengths, 4, kv_heads)
+    found = attend(q, k, v, plan_of(lengths), spec)
+    expected = naive(q, k, v, lengths, lengths, spec)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", [SPECS["all"], SPECS["scaled"], SPECS["soft-cap"]])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(
+    ("asking", "looked_at"),
+    [
+        ([1], [6]),
+        ([3, 3, 3], [5, 5, 5]),
+        ([5, 1, 4, 1], [2, 7, 7, 1]),
+        ([2, 2, 2], [9, 1, 4]),
+        ([9, 1, 4], [2, 2, 2]),
+        ([2, 150, 2, 151], [200, 3, 1, 190]),
+    ],
+)
+def test_attention_to_a_source_equals_the_formula(
+    asking: list[int], looked_at: list[int], kv_heads: int, spec: AttentionSpec
+):
+    q, k, v = draw(asking, 4, kv_heads, looked_at)
+    found = attend(q, k, v, plan_of(asking, looked_at), spec)
+    expected = naive(q, k, v, asking, looked_at, spec)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=150)
+@given(lengths=LENGTHS, kv_heads=st.sampled_from([1, 2]), spec=st.sampled_from(list(SPECS)))
+def test_outputs_and_gradients_equal_one_masked_softmax(
+    lengths: list[int], kv_heads: int, spec: str
+):
+    assert_outputs_and_gradients_agree(lengths, None, kv_heads, SPECS[spec])
+
+
+@settings(max_examples=100)
+@given(
+    pairs=PAIRS,
+    kv_heads=st.sampled_from([1, 2]),
+    spec=st.sampled_from([name for name, spec in SPECS.items() if not spec.causal]),
+)
+def test_outputs_and_gradients_of_attention_to_a_source_equal_one_masked_softmax(
+    pairs: list[tuple[int, int]], kv_heads: int, spec: str
+):
+    asking, looked_at = map(list, zip(*pairs, strict=True))
+    assert_outputs_and_gradients_agree(asking, looked_at, kv_heads, SPECS[spec])
+
+
+def test_a_window_as_long_as_the_longest_sequence_hides_nothing():
+    lengths = [4, 9, 9]
+    q, k, v = draw(lengths, 2, 2)
+    whole = attend(q, k, v, plan_of(lengths), AttentionSpec(causal=True))
+    for window in (9, 10):
+        spec = AttentionSpec(causal=True, window=window)
+        assert torch.equal(attend(q, k, v, plan_of(lengths), spec), whole)
+    narrow = attend(q, k, v, plan_of(lengths), AttentionSpec(causal=True, window=8))
+    assert not torch.allclose(narrow, whole)
+
+
+def test_a_mask_first_made_in_inference_serves_training_too():
+    lengths = [43, 41]  # a length of no other test: the masks are kept
+    spec = AttentionSpec(causal=True, window=5)
+    tensors = draw(lengths, 2, 2)
+    with torch.inference_mode():
+        attend(*tensors, plan_of(lengths), spec)
+    q = tensors[0].requires_grad_()
+    attend(q, *tensors[1:], plan_of(lengths), spec).sum().backward()
+    assert q.grad is not None and bool(q.grad.any())
+
+
+# Groups
+
+
+def rows_of(side: GroupSide, count: int, num_tokens: int) -> list[int]:
+    """The stream row at each position of a side, -1 where it is padding."""
+    positions = count * side.length
+    if side.rows is None:
+        assert side.start is not None and side.mask is None
+        assert side.start + positions <= num_tokens
+        return list(range(side.start, side.start + positions))
+    assert side.start is None and side.rows.shape == (positions,)
+    real = [True] * positions
+    if side.mask is not None:
+        assert side.mask.shape == (count, 1, 1, side.length) and not side.mask.all()
+        real = side.mask.flatten().tolist()
+    return [row if keep else -1 for row, keep in zip(side.rows.tolist(), real, strict=True)]
+
+
+def sequences_of(rows: list[int], count: int) -> list[list[int]]:
+    """The stream rows of each sequence of a side; padding only follows them."""
+    length = len(rows) // count
+    found = []
+    for i in range(count):
+        row = rows[i * length : (i + 1) * length]
+        real = [r for r in row if r >= 0]
+        assert row == real + [-1] * (length - len(real))
+        found.append(real)
+    return found
+
+
+def assert_every_token_once(plan: GroupPlan, asking: list[int], looked_at: list[int]) -> None:
+    """Each query comes back to its place, and meets all keys of its own sequence and no other."""
+    queries, keys = SequenceLayout.from_lengths(asking), SequenceLayout.from_lengths(looked_at)
+    starts, other_starts = queries.offsets.tolist(), keys.offsets.tolist()
+    assert sum(group.count for group in plan.groups) == len(asking)
+    rows: list[int] = []
+    for group in plan.groups:
+        mine = rows_of(group.queries, group.count, sum(asking))
+        theirs = rows_of(group.keys, group.count, sum(looked_at))
+        assert group.queries.length == max(map(len, sequences_of(mine, group.count)))
+        assert group.keys.length == max(map(len, sequences_of(theirs, group.count)))
+        for own, other in zip(
+            sequences_of(mine, group.count), sequences_of(theirs, group.count), strict=True
+        ):
+            number = starts.index(own[0])
+            assert own == list(range(starts[number], starts[number + 1]))
+            assert other == list(range(other_starts[number], other_starts[number + 1]))
+        rows += mine
+    assert plan.num_positions == len(rows)
+    if plan.restore is None:
+        assert rows == list(range(sum(asking)))
+    else:
+        assert [rows[i] for i in plan.restore.tolist()] == list(range(sum(asking)))
+    assert sorted(row for row in rows if row >= 0) == list(range(sum(asking)))
+
+
 @settings(max_examples=150)
 @given(lengths=LENGTHS)
 def test_the_groups_hold_every_token_once(lengths: list[int]):
-    layout = SequenceLayout.from_lengths(lengths)
-    plan, total = layout.group_plan, sum(lengths)
-    assert sum(group.count for group in plan.groups) == len(lengths)
-    rows = []
-    for group in plan.groups:
-        positions = group.count * group.length
-        if group.rows is None:
-            assert group.start is not None and group.mask is None
-            assert group.start + positions <= total
-            rows += range(group.start, group.start + positions)
-            continue
-        assert group.start is None and group.rows.shape == (positions,)
-        real = [True] * positions
-        if group.mask is not None:
-            assert group.mask.shape == (group.count, 1, 1, group.length)
-            real = group.mask.flatten().tolist()
-        rows += [row if keep else -1 for row, keep in zip(group.rows.tolist(), real, strict=True)]
-    if plan.restore is None:
-        assert rows == list(range(total))
-    else:
-        assert [rows[i] for i in plan.restore.tolist()] == list(range(total))
-    assert sorted(row for row in rows if row >= 0) == list(range(total))
+    plan = plan_of(lengths)
+    assert_every_token_once(plan, lengths, lengths)
+    assert all(group.keys is group.queries for group in plan.groups)
+
+
+@settings(max_examples=150)
+@given(pairs=PAIRS)
+def test_the_groups_of_two_streams_pair_each_sequence_with_its_own_source(
+    pairs: list[tuple[int, int]],
+):
+    asking, looked_at = map(list, zip(*pairs, strict=True))
+    assert_every_token_once(plan_of(asking, looked_at), asking, looked_at)
+
+
+def test_equal_pairs_of_lengths_are_views_of_both_streams():
+    plan = plan_of([3] * 5, [8] * 5)
+    (group,) = plan.groups
+    assert (group.count, plan.restore) == (5, None)
+    assert (group.queries.start, group.queries.length, group.queries.mask) == (0, 3, None)
+    assert (group.keys.start, group.keys.length, group.keys.mask) == (0, 8, None)
+
+
+def test_sources_that_differ_much_are_not_padded_to_one_another():
+    """Like lengths on one side do not make a group where the other side differs."""
+    plan = plan_of([100] * 6, [5, 500, 5, 500, 5, 500])
+    assert [(g.count, g.queries.length, g.keys.length) for g in plan.groups] == [
+        (3, 100, 5),
+        (3, 100, 500),
+    ]
+    assert all(g.queries.mask is None and g.keys.mask is None for g in plan.groups)
 
 
 def test_equal_lengths_are_one_view_without_a_copy():
-    plan = SequenceLayout.from_lengths([64] * 12).group_plan
+    plan = plan_of([64] * 12)
     (group,) = plan.groups
-    assert (group.start, group.rows, group.mask, plan.restore) == (0, None, None, None)
+    side = group.queries
+    assert (side.start, side.rows, side.mask, plan.restore) == (0, None, None, None)
 
 
 def test_sorted_lengths_are_views_where_they_are_far_apart():
-    plan = SequenceLayout.from_lengths([8] * 40 + [300] * 4 + [500] * 4).group_plan
-    assert [(g.count, g.length, g.start) for g in plan.groups] == [
+    plan = plan_of([8] * 40 + [300] * 4 + [500] * 4)
+    assert [(g.count, g.queries.length, g.queries.start) for g in plan.groups] == [
         (40, 8, 0),
         (4, 300, 320),
         (4, 500, 1520),
@@ -130,47 +305,69 @@ def test_sorted_lengths_are_views_where_they_are_far_apart():
 
 def test_very_different_lengths_are_not_padded_to_one_another():
     lengths = [3] * 50 + [510]
-    groups = SequenceLayout.from_lengths(lengths[::-1]).group_plan.groups
-    assert sum(group.count * group.length for group in groups) == sum(lengths)
+    assert plan_of(lengths[::-1]).num_positions == sum(lengths)
 
 
 def test_few_short_lengths_share_one_padded_group():
-    (group,) = SequenceLayout.from_lengths([9, 4, 7, 5]).group_plan.groups
-    assert group.mask is not None
-    assert group.count * group.length == 36
+    plan = plan_of([9, 4, 7, 5])
+    (group,) = plan.groups
+    assert group.queries.mask is not None
+    assert plan.num_positions == 36
 
 
 @settings(max_examples=100)
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40))
-def test_padding_inside_attention_is_bounded(lengths: list[int]):
-    groups = SequenceLayout.from_lengths(lengths).group_plan.groups
-    exact = sum(n * n for n in lengths)
-    padded = sum(g.count * g.length**2 for g in groups)
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=40),
+    is_own=st.booleans(),
+)
+def test_padding_inside_attention_is_bounded(pairs: list[tuple[int, int]], is_own: bool):
+    asking, looked_at = map(list, zip(*pairs, strict=True))
+    looked_at = asking if is_own else looked_at
+    groups = plan_of(asking, None if is_own else looked_at).groups
+    exact = sum(n * m for n, m in zip(asking, looked_at, strict=True))
+    padded = sum(g.count * g.queries.length * g.keys.length for g in groups)
     assert exact <= padded <= exact + 16384 * len(groups)
 
 
-def test_attention_dropout_is_on_in_training_only_and_keeps_the_mean():
+# The module
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_dropout_is_on_in_training_only_and_keeps_the_mean(causal: bool):
     config = TransformerConfig(10, 1, 8, 2, attention_dropout=0.5, dropout=0.0)
     torch.manual_seed(0)
-    module, layout = Attention(config), SequenceLayout.from_lengths([6])
+    module, plan = Attention(config, causal=causal), plan_of([6])
     x = torch.randn(6, 8)
     with torch.no_grad():
-        plain = module.eval()(x, layout, None)
-        assert torch.equal(plain, module(x, layout, None))
+        plain = module.eval()(x, plan)
+        assert torch.equal(plain, module(x, plan))
         module.train()
-        draws = torch.stack([module(x, layout, None) for _ in range(3000)])
+        draws = torch.stack([module(x, plan) for _ in range(3000)])
     assert not torch.allclose(draws[0], draws[1])
     error = (draws.mean(0) - plain).abs()
     assert float((error / (draws.std(0) / 3000**0.5)).max()) < 5
 
 
-def test_padding_points_at_a_row_that_need_not_be_finite_only_for_its_own_sequence():
+def test_a_module_asks_for_what_is_configured_and_for_a_window_only_where_it_is_causal():
+    options = {"sliding_window": 3, "attention_softcap": 0.7, "attention_dropout": 0.5}
+    config = TransformerConfig(10, 1, 8, 2, architecture="encoder_decoder", **options)
+    capped = AttentionSpec(softcap=0.7)
+    assert Attention(config).eval().spec == capped
+    windowed = AttentionSpec(causal=True, window=3, softcap=0.7)
+    assert Attention(config, causal=True).eval().spec == windowed
+    training = AttentionSpec(causal=True, window=3, softcap=0.7, dropout=0.5)
+    assert Attention(config, causal=True).train().spec == training
+
+
+@pytest.mark.parametrize("spec", [SPECS["all"], SPECS["causal"], SPECS["window 3, soft-cap"]])
+def test_padding_points_at_a_row_that_need_not_be_finite_only_for_its_own_sequence(
+    spec: AttentionSpec,
+):
     """Row 0 fills the padded places; its values must reach no other sequence."""
     lengths = [3, 9, 5]
     q, k, v = draw(lengths, 2, 2)
-    layout = SequenceLayout.from_lengths(lengths)
-    expected = attend(q, k, v, layout, AttentionSpec())[3:]
+    expected = attend(q, k, v, plan_of(lengths), spec)[3:]
     for tensor in (q, k, v):
         tensor[0] = 1e200
-    found = attend(q, k, v, layout, AttentionSpec())[3:]
+    found = attend(q, k, v, plan_of(lengths), spec)[3:]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

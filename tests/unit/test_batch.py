@@ -97,3 +97,31 @@ def test_moving_a_batch_keeps_everything():
     assert (moved.num_filler, moved.weight, moved.layout.lengths) == (1, 2.5, (2, 1))
     bare = pack(random_sequences([2])).to("cpu")
     assert bare.token_types is None and bare.targets is None
+
+
+def with_source(lengths: list[int], source_lengths: list[int]) -> PackedBatch:
+    return pack(random_sequences(lengths), sources=random_sequences(source_lengths, seed=1))
+
+
+def test_moving_a_batch_moves_its_source():
+    batch = with_source([2, 3], [4, 1])
+    moved = batch.to("cpu").source
+    assert moved is not None and batch.source is not None and moved is not batch.source
+    assert torch.equal(moved.token_ids, batch.source.token_ids)
+    assert moved.layout.lengths == (4, 1)
+
+
+def test_positions_are_counted_in_all_streams():
+    batch = with_source([3, 3], [5, 9])
+    assert (batch.num_tokens, batch.num_positions) == (6, 6 + 14)
+    # Two sources of unlike length share a group, as long as the longer of them.
+    assert batch.num_attention_positions == 6 + 18
+    alone = pack(random_sequences([5, 9]))
+    assert (alone.num_positions, alone.num_attention_positions) == (14, 18)
+
+
+def test_sequences_look_at_their_own_source():
+    (group,) = with_source([3, 3], [5, 9]).source_plan.groups
+    assert (group.queries.length, group.keys.length) == (3, 9)
+    assert group.queries.rows is None and group.keys.mask is not None
+    assert group.keys.mask.flatten(1).sum(1).tolist() == [5, 9]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
+import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,20 +116,212 @@ cached("kind", "key", build)
     assert names(cached("kind", "key", lambda folder: (folder / "whole").touch())) == ["whole"]
 
 
+# Trimming
+
+
+def fill(folder: Path) -> None:
+    (folder / "a").write_bytes(b"x" * 1000)
+
+
+def entries(folder: Path) -> list[str]:
+    return [name for name in names(folder) if not name.endswith(".lock")]
+
+
+def let_go() -> None:
+    """Ends the use of every entry, as the end of this process would."""
+    while cache._held:
+        os.close(cache._held.popitem()[1])
+
+
+def asked_for_in_turn(*keys: str) -> None:
+    """Builds entries of 1000 bytes, the first one the least recently used; none stays in use."""
+    for number, key in enumerate(keys):
+        os.utime(cached("kind", key, fill), (1000 + number, 1000 + number))
+    let_go()
+
+
 def test_the_least_recently_used_entries_go_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "_CAP_BYTES", 2500)
-
-    def fill(folder: Path) -> None:
-        (folder / "a").write_bytes(b"x" * 1000)
-
     (own_cache / "stdin-1").mkdir()  # no entry: what another process reads from a pipe
     (own_cache / "stdin-1" / "a").write_bytes(b"x" * 5000)
-    for number, key in enumerate(["one", "two"]):
-        os.utime(cached("kind", key, fill), (1000 + number, 1000 + number))
+    asked_for_in_turn("one", "two")
     cached("kind", "one", fill)  # used again: now the newer
+    let_go()
     cached("kind", "three", fill)
-    entries = [n for n in names(own_cache) if not n.endswith(".lock")]
-    assert entries == ["kind-one", "kind-three", "stdin-1"]
+    assert entries(own_cache) == ["kind-one", "kind-three", "stdin-1"]
+
+
+def test_no_more_is_removed_than_is_needed(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    asked_for_in_turn("one", "two", "three")
+    monkeypatch.setattr(cache, "_CAP_BYTES", 3000)
+    cached("kind", "four", fill)
+    assert entries(own_cache) == ["kind-four", "kind-three", "kind-two"]
+
+
+def test_what_this_process_asked_for_stays(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "_CAP_BYTES", 500)
+    for key in ("one", "two", "three"):
+        cached("kind", key, fill)
+    assert entries(own_cache) == ["kind-one", "kind-three", "kind-two"]
+    let_go()
+    cached("kind", "four", fill)
+    assert entries(own_cache) == ["kind-four"]
+
+
+def test_what_is_in_use_makes_others_go(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    asked_for_in_turn("one", "two", "three")
+    cached("kind", "one", fill)
+    os.utime(own_cache / "kind-one", (0, 0))
+    monkeypatch.setattr(cache, "_CAP_BYTES", 3000)
+    cached("kind", "four", fill)
+    assert entries(own_cache) == ["kind-four", "kind-one", "kind-three"]
+
+
+def test_of_very_many_entries_the_last_are_held(own_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    let_go()
+    monkeypatch.setattr(cache, "_MAX_HELD", 2)
+    monkeypatch.setattr(cache, "_CAP_BYTES", 2000)
+    for key in ("one", "two", "one", "three", "four"):
+        cached("kind", key, fill)
+    assert entries(own_cache) == ["kind-four", "kind-one", "kind-three"]
+    assert [path.name for path in cache._held] == ["kind-three", "kind-four"]
+
+
+OTHER = """
+import sys, time
+from pathlib import Path
+from hasten.core.files import FileLock
+from hasten.data.cache import cache_folder, cached
+entry = cache_folder() / "kind-one"
+if sys.argv[1] == "uses":
+    assert cached("kind", "one", lambda folder: None) == entry
+else:
+    lock = FileLock(entry.with_name("kind-one.lock"))
+    assert lock.acquire()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["uses", "locks"])
+def test_what_another_process_holds_stays_until_its_end(
+    how: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cache, "_CAP_BYTES", 500)
+    asked_for_in_turn("one")
+    process = subprocess.Popen([sys.executable, "-c", OTHER, how], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        asked_for_in_turn("two")
+        assert entries(own_cache) == ["kind-one", "kind-two"]
+    finally:
+        process.kill()
+        process.communicate()
+    asked_for_in_turn("three")
+    assert entries(own_cache) == ["kind-three"]
+
+
+@pytest.mark.parametrize("moment", ["listed", "looked into", "measured"])
+def test_an_entry_that_vanishes_while_it_is_looked_at(
+    moment: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two processes that trim at once meet in this way; which of them removes it is all one."""
+    asked_for_in_turn("one", "two", "three")
+    monkeypatch.setattr(cache, "_CAP_BYTES", 2000)
+    gone = own_cache / "kind-one"
+    iterdir, remove = Path.iterdir, cache._remove
+
+    def vanish() -> None:
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def iterdir_late(path: Path) -> Iterator[Path]:
+        if path == gone and moment == "listed":
+            vanish()
+        files = list(iterdir(path))
+        if path == gone and moment == "looked into":
+            vanish()
+        return iter(files)
+
+    def remove_late(path: Path) -> None:
+        if path == gone and moment == "measured":
+            vanish()
+        remove(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir_late)
+    monkeypatch.setattr(cache, "_remove", remove_late)
+    entry = cached("kind", "four", fill)
+    monkeypatch.undo()
+    assert names(entry) == ["a"] and not gone.exists()
+    assert entries(own_cache) == ["kind-four", "kind-three"]
+
+
+def test_an_entry_that_is_removed_as_it_is_asked_for_is_built_again(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The trimmer has the folder's lock; who asks for the entry waits and then finds it gone."""
+    asked_for_in_turn("one")
+    entry = own_cache / "kind-one"
+    trimmer = os.open(entry, os.O_RDONLY)
+    fcntl.flock(trimmer, fcntl.LOCK_EX)
+    flock = fcntl.flock
+
+    def waits(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_SH and trimmer in still_there:
+            still_there.remove(trimmer)
+            with pytest.raises(BlockingIOError):
+                flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            shutil.rmtree(entry)
+            os.close(trimmer)
+        flock(descriptor, operation)
+
+    still_there = [trimmer]
+    monkeypatch.setattr(fcntl, "flock", waits)
+    again = cached("kind", "one", lambda folder: (folder / "new").touch())
+    assert not still_there and again == entry and names(entry) == ["new"]
+
+
+def test_a_trimmer_that_is_killed_leaves_no_half_entry(own_cache: Path):
+    asked_for_in_turn("one")
+    child = """
+import os, shutil, signal
+from pathlib import Path
+from hasten.data import cache
+rmtree = shutil.rmtree
+def die(folder, ignore_errors):
+    if "kind-one" not in str(folder):
+        return rmtree(folder, ignore_errors)
+    (Path(folder) / "a").unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+shutil.rmtree = die
+cache._CAP_BYTES = 10
+cache.cached("kind", "two", lambda folder: None)
+"""
+    assert subprocess.run([sys.executable, "-c", child]).returncode == -9
+    assert "kind-one" not in entries(own_cache)
+    clear_leftovers()
+    assert entries(own_cache) == ["kind-two"]
+    assert names(cached("kind", "one", fill)) == ["a"]
+
+
+def _use_and_trim(cache_path: str, number: int) -> None:
+    os.environ["HASTEN_CACHE"] = cache_path
+    cache._CAP_BYTES, cache._MAX_HELD = 3500, 2
+    draw = random.Random(number)
+    for _ in range(150):
+        key = str(draw.randrange(12))
+        entry = cached("kind", key, fill)
+        assert (entry / "a").stat().st_size == 1000
+
+
+def test_processes_that_trim_at_once(own_cache: Path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_use_and_trim, args=(str(own_cache), i)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    assert not [name for name in names(own_cache) if ".partial-" in name]
 
 
 def test_the_newest_entry_stays_even_above_the_cap(

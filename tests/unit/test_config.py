@@ -28,6 +28,9 @@ from hasten.model import config as model_config
 from hasten.model.config import TransformerConfig
 from hasten.optim.optimizers import OPTIMIZER_NAMES
 from hasten.optim.schedules import SCHEDULE_NAMES
+from hasten.task.contract import TaskSettings
+from hasten.task.registry import TASKS
+from hasten.training.prepare import SETTING_KEYS
 
 SOURCE = Path(model_config.__file__).resolve().parents[1]
 
@@ -88,7 +91,9 @@ def test_the_article_preset_is_the_model_of_2017():
     )
     assert config.model.activation == "relu" and config.model.norm_placement == "post"
     assert config.model.positions == "learned" and config.model.dropout == 0.1
-    assert (config.optim.optimizer, config.train.learning_rate) == ("adam", 1e-3)
+    # Adam as in 2017; the rate and the size of a step are what this size of model needs.
+    assert (config.optim.optimizer, config.optim.betas) == ("adam", (0.9, 0.999))
+    assert (config.train.learning_rate, config.train.tokens_per_step) == (3e-4, 1280)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +175,10 @@ SAMPLES: dict[str, Any] = {
     "optim.betas": (0.8, 0.95),
     "data.delimiter": "\t",
     "data.label_column": "yes",
+    "data.train": ("some/file",),
+    "data.validation": ("some/file",),
+    "data.test": ("some/file",),
+    "data.augment": ("word_swap", "char_noise=0.05"),
 }
 
 
@@ -222,6 +231,29 @@ def test_every_word_of_a_choice_can_be_written_as_a_flag(key: str):
         assert getattr(getattr(config, section) if section else config, name) == word
 
 
+@pytest.mark.parametrize("key", ["data.train", "data.validation", "data.test"])
+def test_several_files_are_a_list_and_one_name_is_one_file(key: str, tmp_path: Path):
+    section, _, name = key.partition(".")
+    for text, wanted in (
+        ("[a.csv, b.csv]", ("a.csv", "b.csv")),
+        ("\n  - a.csv\n  - c, d.csv", ("a.csv", "c, d.csv")),
+        ("c, d.csv", ("c, d.csv",)),  # a file may be called so
+    ):
+        config = build_config(file=write(tmp_path, f"{section}:\n  {name}: {text}\n"))
+        assert getattr(config.data, name) == wanted
+        assert build_config(overrides={key: wanted}) == config
+    assert getattr(build_config(overrides={key: "c, d.csv"}).data, name) == ("c, d.csv",)
+
+
+def test_augmentation_may_be_none_one_kind_or_several():
+    for text, wanted in (
+        ("none", ("none",)),
+        ("word_swap", ("word_swap",)),
+        ("word_swap, char_noise=0.05", ("word_swap", "char_noise=0.05")),
+    ):
+        assert build_config(overrides={"data.augment": text}).data.augment == wanted
+
+
 def test_none_unsets_what_may_be_unset():
     config = replace_values(RunConfig(), {"data.test": "a.csv", "optim.momentum": 0.5})
     config = replace_values(config, {"data.test": "none", "optim.momentum": "null"})
@@ -270,19 +302,23 @@ def test_every_field_has_a_help_text():
 
 
 def test_the_words_are_those_of_the_packages():
-    assert set(literals(OptimConfig.model_fields["optimizer"].annotation)) == set(OPTIMIZER_NAMES)
+    optimizers = literals(OptimConfig.model_fields["optimizer"].annotation)
+    assert set(optimizers) == {"auto", *OPTIMIZER_NAMES}
     assert set(literals(OptimConfig.model_fields["schedule"].annotation)) == set(SCHEDULE_NAMES)
+    from hasten.data.augment import KINDS as AUGMENTATIONS
     from hasten.data.tokenizer import KINDS
-    from hasten.task.registry import TASKS
-    from hasten.task.text_classification import LossSettings, TextClassification
+    from hasten.task.text_classification import LossSettings
 
     fields = SECTIONS["tokenizer"].model_fields
     assert set(literals(fields["kind"].annotation)) == set(KINDS)
     kinds = literals(LossSettings.__dataclass_fields__["kind"].type and _hint(LossSettings, "kind"))
     assert set(literals(SECTIONS["train"].model_fields["loss"].annotation)) == set(kinds)
-    metrics = literals(SECTIONS["eval"].model_fields["metric"].annotation)
-    assert set(metrics) == set(TextClassification.higher_is_better)
-    assert set(literals(RunConfig.model_fields["task"].annotation)) == {"auto", *TASKS}
+    segments = SECTIONS["data"].model_fields["segments"].annotation
+    assert set(literals(segments)) <= set(literals(_hint(TaskSettings, "segments")))
+    description = RunConfig.model_fields["task"].description
+    assert description is not None and all(name in description for name in TASKS)
+    description = SECTIONS["data"].model_fields["augment"].description
+    assert description is not None and all(name in description for name in AUGMENTATIONS)
 
 
 def _hint(cls: type, name: str) -> Any:
@@ -292,18 +328,21 @@ def _hint(cls: type, name: str) -> Any:
 
 
 def test_model_settings_admit_what_the_model_admits():
-    for field in dataclasses.fields(TransformerConfig):
-        words = literals(_hint(TransformerConfig, field.name))
-        if words:
-            assert set(literals(ModelConfig.model_fields[field.name].annotation)) == set(words)
-    given_elsewhere = {
+    decided_by_the_task = {
         "vocab_size",
+        "source_vocab_size",
         "max_positions",
         "num_token_types",
         "num_labels",
-        "norm_epsilon",
-        "rotary_base",
+        "architecture",
+        "head",
     }
+    never_set = {"norm_epsilon", "rotary_base", "attention_softcap"}
+    given_elsewhere = decided_by_the_task | never_set
+    for field in dataclasses.fields(TransformerConfig):
+        words = literals(_hint(TransformerConfig, field.name))
+        if words and field.name not in given_elsewhere:
+            assert set(literals(ModelConfig.model_fields[field.name].annotation)) == set(words)
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert set(ModelConfig.model_fields) == names - given_elsewhere
 
@@ -336,15 +375,39 @@ OWNERS = {
 }
 
 
+# Read under names that are put together from the split's; test_sources opens each.
+FILES = {
+    f"data.{split}{suffix}"
+    for split, suffixes in (
+        ("train", ("",)),
+        ("validation", ("", "_source", "_target")),
+        ("test", ("", "_source", "_target")),
+    )
+    for suffix in suffixes
+}
+
+
 @pytest.mark.parametrize("key", [key for key in known_keys() if key not in ("task", "preset")])
 def test_no_setting_is_silently_ignored(key: str):
     section, _, name = key.rpartition(".")
-    if section == "model":
-        return  # all of them reach the model: see test_build
-    if key in ("data.train", "data.validation", "data.test"):
-        assert "config.train" in read_attributes()
+    if section == "model" and name != "pooling":
+        return  # all of them reach the model: see test_training_loop
+    if key in FILES:
+        return
+    if key in SETTING_KEYS.values():  # a task honours it, and the others refuse it
+        (setting,) = (name for name, place in SETTING_KEYS.items() if place == key)
+        assert any(setting in task.uses for task in TASKS.values())
+        return
     reads = {f"{owner}.{name}" for owner in OWNERS[section]}
     assert reads & read_attributes(), f"nothing outside hasten.config reads {key}"
+
+
+def test_the_settings_of_tasks_are_all_of_them_and_every_task_says_which_it_honours():
+    names = {field.name for field in dataclasses.fields(TaskSettings)}
+    assert names == SETTING_KEYS.keys()
+    assert set(SETTING_KEYS.values()) <= set(known_keys())
+    for task in TASKS.values():
+        assert task.uses <= names, task.name
 
 
 def test_importing_the_configuration_imports_no_torch():

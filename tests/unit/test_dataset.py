@@ -184,6 +184,29 @@ def test_json_lines_gzip_and_several_text_columns(tmp_path):
     assert dataset[1][0].tolist() == encoded[0].ids + encoded[1].ids
 
 
+def test_json_and_parquet_are_read_like_a_table(tmp_path, train_file):
+    import pyarrow
+    import pyarrow.parquet
+
+    wanted = TextDataset(train_file)
+    rows = [{"text": text, "label": label} for text, label in TRAIN]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    for name in ("train.json", "train.parquet"):
+        found = TextDataset(tmp_path / name)
+        assert (found.vocab, found.labels) == (wanted.vocab, wanted.labels)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours[0], theirs[0]) and ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("name", ["novel.txt", "chats.jsonl"])
+def test_a_file_without_labels_is_refused(tmp_path, name):
+    text = '{"messages": [{"role": "user", "content": "Hi"}]}\n' if name[0] == "c" else "A night.\n"
+    (tmp_path / name).write_text(text * 3)
+    with pytest.raises(DataError, match=rf"{name}: no column looks like"):
+        TextDataset(tmp_path / name)
+
+
 def test_a_file_opened_by_hand_is_read_as_it_was_opened(tmp_path):
     path = tmp_path / "train.csv"
     text = "text,label\n" + "".join(f"{t.replace(',', '')} é,{label}\n" for t, label in TRAIN)

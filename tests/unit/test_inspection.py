@@ -170,6 +170,71 @@ def test_json_lines(tmp_path):
     assert found.format == "jsonl"
 
 
+OTHER_FORMATS = {
+    "text": (
+        "novel.txt",
+        "It was a dark night.\nThe rain fell.\n",
+        "no column looks like the label",
+    ),
+    "jsonl": (
+        "chats.jsonl",
+        '{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": []}\n',
+        "no column looks like the text",
+    ),
+    "json": ("rows.json", '[{"text": "a b", "label": "x"}, {"text": "c", "label": "y"}]', None),
+    "squad": (
+        "questions.json",
+        json.dumps(
+            {
+                "data": [
+                    {
+                        "paragraphs": [
+                            {
+                                "context": "One of two.",
+                                "qas": [
+                                    {
+                                        "id": str(i),
+                                        "question": "Which one?",
+                                        "answers": [{"text": "One", "answer_start": 0}],
+                                    }
+                                    for i in range(2)
+                                ],
+                            }
+                        ]
+                    }
+                ]
+            }
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_what_is_not_a_table_of_labels_is_described_all_the_same(tmp_path, name):
+    file, content, problem = OTHER_FORMATS[name]
+    (tmp_path / file).write_text(content)
+    found = inspect_file(tmp_path / file)
+    assert found.format == name
+    assert found.num_used == found.num_rows == (1 if name == "text" else 2)
+    assert json.loads(json.dumps(found.as_dict()))["sample"] == list(found.sample)
+    assert list(found.sample[0]) == list(found.columns)
+    if problem is not None:
+        assert [p for p in found.problems if problem in p]
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": ["a b", "c", "d"], "label": [1, 0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    found = inspect_file(tmp_path / "rows.parquet")
+    assert (found.format, found.num_used) == ("parquet", 3)
+    assert found.classes == (("1", 2), ("0", 1))
+    assert json.loads(json.dumps(found.as_dict()))["sample"][0] == {"text": "a b", "label": 1}
+
+
 def test_long_texts_are_measured_closely(tmp_path):
     rows = [("text", "label"), *[("x" * (5000 + 100 * i), "ab"[i % 2]) for i in range(101)]]
     lengths = inspect_file(write(tmp_path, rows), text=["text"]).characters

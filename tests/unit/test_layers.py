@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import default_dtype, pack, random_sequences, small_model
+from builders import VOCAB, default_dtype, pack, random_sequences, small_model
 from hasten.core.batch import SequenceLayout
 from hasten.core.errors import UsageError
 from hasten.model.config import TransformerConfig
+from hasten.model.heads import TokenOutputs
 from hasten.model.layers import (
     Dropout,
     Embedding,
@@ -24,7 +25,7 @@ from hasten.model.layers import (
     build_norm,
     sinusoidal_table,
 )
-from hasten.model.transformer import Encoder, Transformer
+from hasten.model.transformer import Stack, Transformer
 
 
 def config(**options: Any) -> TransformerConfig:
@@ -163,9 +164,14 @@ def test_stochastic_depth_drops_whole_sequences_and_keeps_the_mean():
 
 
 def test_stochastic_depth_grows_from_nothing_to_the_last_block():
-    encoder = Encoder(config(num_layers=4, stochastic_depth=0.6))
-    rates = [block.stochastic_depth.rate for block in encoder.blocks]
-    assert rates == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    options = {"num_decoder_layers": 3, "stochastic_depth": 0.6}
+    model = Transformer(30, 4, 16, 2, architecture="encoder_decoder", **options)
+    for stack, expected in (
+        (model.encoder, [0.0, 0.2, 0.4, 0.6]),
+        (model.decoder, [0.0, 0.3, 0.6]),
+    ):
+        rates = [block.stochastic_depth.rate for block in stack.blocks]
+        assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
@@ -254,7 +260,18 @@ def expected_parameters(c: TransformerConfig) -> int:
     embedding = c.vocab_size * d + c.num_token_types * d
     embedding += c.max_positions * d if c.positions == "learned" else 0
     head = d * c.num_labels + c.num_labels + (d + 1 if c.pooling == "attention" else 0)
-    return embedding + norm + c.num_layers * (attention + feed_forward + 2 * norm) + head
+    if c.head == "span":
+        head = 2 * d + 2
+    elif c.head == "language_modelling":
+        head = 0 if c.tie_embeddings else c.vocab_size * d
+    block = attention + feed_forward + 2 * norm
+    if c.architecture != "encoder_decoder":
+        return embedding + norm + c.num_layers * block + head
+    if c.source_vocab_size:
+        embedding += embedding + (c.source_vocab_size - c.vocab_size) * d
+    num_blocks = c.num_decoder_layers or c.num_layers
+    decoder = norm + num_blocks * (block + attention + norm)
+    return embedding + norm + c.num_layers * block + decoder + head
 
 
 @settings(max_examples=60)
@@ -273,10 +290,17 @@ def expected_parameters(c: TransformerConfig) -> int:
             "bias": st.booleans(),
             "num_labels": st.integers(1, 4),
             "pooling": st.sampled_from(["first", "mean", "attention"]),
+            "architecture": st.sampled_from(["encoder", "decoder", "encoder_decoder"]),
+            "num_decoder_layers": st.sampled_from([None, 1, 3]),
+            "source_vocab_size": st.sampled_from([None, 45]),
+            "head": st.sampled_from(["classification", "language_modelling", "span"]),
+            "tie_embeddings": st.booleans(),
         }
     )
 )
 def test_the_number_of_parameters_follows_from_the_architecture(options: dict[str, Any]):
+    if options["architecture"] != "encoder_decoder":
+        options = {**options, "source_vocab_size": None, "num_decoder_layers": None}
     c = config(**options)
     model = Transformer.from_config(c)
     assert model.config == c
@@ -290,25 +314,31 @@ def test_the_inner_width_of_swiglu_costs_no_more_parameters():
     assert 0 <= 3 * gated.inner_size - 2 * plain.inner_size < 3 * 16
 
 
+@pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder_decoder"])
 @pytest.mark.parametrize("placement", ["pre", "post"])
-def test_at_the_start_zero_initialised_blocks_say_nothing(placement: str):
+def test_at_the_start_zero_initialised_blocks_say_nothing(placement: str, architecture: str):
     options = {"norm_placement": placement, "zero_init_residual": True, "dropout": 0.0}
     torch.manual_seed(1)
-    model = Transformer(30, 3, 16, 2, **options).eval()
-    batch = pack([torch.randint(30, (6,)), torch.randint(30, (9,))])
+    model = Transformer(30, 3, 16, 2, architecture=architecture, **options).eval()
+    sequences = [torch.randint(30, (6,)), torch.randint(30, (9,))]
+    batch = pack(sequences, sources=sequences[::-1] if model.encoder and model.decoder else None)
     before = model(batch)
+    ends, stacks = [], [stack for stack in (model.encoder, model.decoder) if stack is not None]
     with torch.no_grad():
-        for name, parameter in model.encoder.blocks.named_parameters():
-            if "attention.output.weight" in name or "feed_forward.down.weight" in name:
-                assert not parameter.any()
-            elif parameter.ndim == 2:
-                parameter.normal_()
+        for stack in stacks:
+            for name, parameter in stack.blocks.named_parameters():
+                if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+                    assert not parameter.any()
+                    ends.append(parameter)
+                elif parameter.ndim == 2:
+                    parameter.normal_()
+    assert len(ends) == {"encoder": 6, "decoder": 6, "encoder_decoder": 15}[architecture]
     torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-5)
-    # Gradients must still reach what starts at zero, or it would stay there.
+    # Gradients must still reach what starts at zero, or it would stay there. Nothing reaches the
+    # encoder of an encoder_decoder as long as no decoder block reads it.
     model(batch).square().sum().backward()
-    for block in model.encoder.blocks:
-        assert block.attention.output.weight.grad.any()
-        assert block.feed_forward.down.weight.grad.any()
+    for weight in ends if architecture != "encoder_decoder" else ends[6:]:
+        assert weight.grad is not None and weight.grad.any()
 
 
 def test_initial_weights_have_the_wanted_spread():
@@ -316,7 +346,7 @@ def test_initial_weights_have_the_wanted_spread():
     model = Transformer(500, 8, 128, 4, initializer_std=0.05)
     block = model.encoder.blocks[3]
     for weight in (
-        model.encoder.embedding.tokens.weight,
+        model.embedding.tokens.weight,
         block.attention.query.weight,
         block.feed_forward.up.weight,
     ):
@@ -324,10 +354,23 @@ def test_initial_weights_have_the_wanted_spread():
     for weight in (block.attention.output.weight, block.feed_forward.down.weight):
         assert weight.std().item() == pytest.approx(0.05 / 4, rel=0.03)
     assert not block.attention.query.bias.any() and not model.head.classifier.bias.any()
+    model = Transformer(500, 2, 128, 4, architecture="encoder_decoder", num_decoder_layers=8)
+    block = model.decoder.blocks[3]
+    for module in (block.attention, block.source_attention):
+        assert module.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+        assert module.value.weight.std().item() == pytest.approx(0.02, rel=0.03)
 
 
-def test_drawing_weights_anew_forgets_everything():
-    model = small_model(num_token_types=2, pooling="attention", qk_norm=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "attention"},
+        {"architecture": "decoder", "head": "language_modelling", "tie_embeddings": False},
+        {"architecture": "encoder_decoder", "source_vocab_size": 50, "head": "span"},
+    ],
+)
+def test_drawing_weights_anew_forgets_everything(options: dict[str, Any]):
+    model = small_model(num_token_types=2, qk_norm=True, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
@@ -359,6 +402,17 @@ def test_drawing_weights_anew_forgets_everything():
         ({"num_kv_heads": 0}, "num_kv_heads"),
         ({"num_kv_heads": -1}, "num_kv_heads"),
         ({"num_token_types": -1}, "num_token_types"),
+        ({"architecture": "decodr"}, "architecture is 'decodr'.*'decoder'"),
+        ({"head": "spam"}, "head is 'spam'.*'span'"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers"),
+        ({"source_vocab_size": 0}, "source_vocab_size"),
+        ({"sliding_window": -1}, "sliding_window must not be negative"),
+        ({"attention_softcap": -1.0}, "attention_softcap must not be negative"),
+        ({"logit_softcap": -0.5}, "logit_softcap must not be negative"),
+        ({"num_decoder_layers": 2}, "num_decoder_layers has no effect with architecture 'encoder'"),
+        ({"source_vocab_size": 9, "architecture": "decoder"}, "source_vocab_size has no effect"),
+        ({"sliding_window": 3}, "sliding_window has no effect with architecture 'encoder'"),
+        ({"logit_softcap": 3.0}, "logit_softcap has no effect with head 'classification'"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(options: dict[str, Any], message: str):
@@ -376,3 +430,77 @@ def test_a_sequence_beyond_the_positions_is_refused_with_both_lengths():
     model(pack(random_sequences([8])))
     with pytest.raises(UsageError, match=r"9 tokens.* 8 positions"):
         model(pack(random_sequences([3, 9])))
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder_decoder"])
+def test_a_source_belongs_to_an_encoder_decoder_alone(architecture: str):
+    model, (own, source) = small_model(architecture=architecture), random_sequences([3, 5])
+    batches = {False: pack([own]), True: pack([own], sources=[source])}
+    wanted = architecture == "encoder_decoder"
+    model(batches[wanted])
+    with pytest.raises(UsageError, match="a source belongs to an encoder_decoder"):
+        model(batches[not wanted])
+
+
+def test_a_source_beyond_the_positions_is_refused():
+    model = small_model(architecture="encoder_decoder", max_positions=8)
+    with pytest.raises(UsageError, match=r"9 tokens.* 8 positions"):
+        model(pack(random_sequences([3]), sources=random_sequences([9])))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_looking_at_a_source_knows_no_order_but_what_the_encoder_put_into_it(positions: str):
+    """Positions of two streams have no distance between them."""
+    torch.manual_seed(0)
+    stack = Stack(config(positions=positions), causal=True, reads_source=True).eval()
+    batch = pack(random_sequences([3, 4]), sources=random_sequences([5, 2]))
+    x, memory = torch.randn(7, 16), torch.randn(7, 16)
+    expected = stack(x, batch, memory)
+    order = [3, 0, 4, 1, 2, 6, 5]
+    torch.testing.assert_close(stack(x, batch, memory[order]), expected)
+    across = [5, 1, 2, 3, 4, 0, 6]  # another sequence's source is another matter
+    assert not torch.allclose(stack(x, batch, memory[across]), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("softcap", [0.0, 2.5])
+def test_scores_of_tokens_are_products_with_their_vectors(tie: bool, softcap: float):
+    model = small_model(
+        architecture="decoder",
+        head="language_modelling",
+        tie_embeddings=tie,
+        logit_softcap=softcap,
+    )
+    batch = pack(random_sequences([4, 7]))
+    outputs = model(batch)
+    assert isinstance(outputs, TokenOutputs)
+    weight = model.embedding.tokens.weight if tie else model.head.scorer.weight
+    hidden = model.decoder(model.embed(batch), batch)
+    expected = hidden @ weight.T
+    if softcap:
+        expected = softcap * torch.tanh(expected / softcap)
+        assert float(expected.detach().abs().max()) > 0.8 * softcap  # or there was nothing to bound
+    torch.testing.assert_close(outputs.scores(), expected, rtol=1e-4, atol=1e-4)
+    rows = torch.tensor([10, 0, 3])
+    torch.testing.assert_close(outputs.scores(rows), expected[rows], rtol=1e-4, atol=1e-4)
+    assert ("scorer.weight" in dict(model.head.named_parameters())) is not tie
+
+
+def test_a_span_head_scores_every_token_twice():
+    model = small_model(head="span")
+    batch = pack(random_sequences([4, 7]))
+    hidden = model.encoder(model.embed(batch), batch)
+    scorer = model.head.scorer
+    torch.testing.assert_close(model(batch), hidden @ scorer.weight.T + scorer.bias)
+
+
+def test_source_and_target_share_embeddings_unless_their_vocabularies_differ():
+    shared = small_model(architecture="encoder_decoder")
+    assert shared.source_embedding is None
+    own = small_model(architecture="encoder_decoder", source_vocab_size=55)
+    assert own.source_embedding.tokens.weight.shape == (55, 32)
+    assert own.embedding.tokens.weight.shape == (VOCAB, 32)
+    for model, wanted in ((shared, shared.embedding), (own, own.source_embedding)):
+        source = pack(random_sequences([6]))
+        x = wanted(source.token_ids, source.positions, None)
+        torch.testing.assert_close(model.encode(source), model.encoder(x, source))

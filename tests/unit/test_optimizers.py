@@ -17,6 +17,7 @@ from torch import nn
 
 from hasten.core.errors import DamagedError, UsageError
 from hasten.optim import optimizers as optimizers_module
+from hasten.optim.muon import orthogonalise
 from hasten.optim.optimizers import (
     OPTIMIZER_NAMES,
     build_optimizer,
@@ -137,6 +138,27 @@ def adafactor(w, grads, lr, beta2_decay=-0.8, eps1=EPSILON_64, eps2=1e-3):
     return w
 
 
+def newton_schulz(x):
+    """Jordan et al. 2024, for one matrix that is no taller than wide."""
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def muon(w, grads, lr, momentum=0.95):
+    buffer = np.zeros_like(w)
+    for g in grads:
+        w = w * (1 - lr * DECAY)
+        buffer = momentum * buffer + (1 - momentum) * g
+        ahead = momentum * buffer + (1 - momentum) * g
+        is_tall = w.shape[0] > w.shape[1]
+        step = newton_schulz(ahead.T).T if is_tall else newton_schulz(ahead)
+        w = w - lr * 0.2 * math.sqrt(max(w.shape)) * step
+    return w
+
+
 REFERENCES = [
     ("adam", adam, {"betas": (0.9, 0.9)}),
     ("adamw", adam, {"betas": (0.9, 0.9)}),
@@ -148,6 +170,7 @@ REFERENCES = [
     ("nadam", nadam, {"betas": (0.9, 0.9)}),
     ("radam", radam, {"betas": (0.9, 0.9)}),
     ("adafactor", adafactor, {}),
+    ("muon", adam, {"betas": (0.9, 0.9)}),  # what is no matrix of a block; see below
 ]
 
 
@@ -171,7 +194,70 @@ def test_steps_equal_the_formula(name, reference, options, shape):
 
 def test_every_optimizer_has_a_reference():
     assert {name for name, _, _ in REFERENCES} == set(OPTIMIZER_NAMES)
-    assert len(OPTIMIZER_NAMES) == 9
+    assert len(OPTIMIZER_NAMES) == 10
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize("momentum", [0.95, 0.5])
+def test_the_matrices_of_blocks_take_muons_steps(shape, momentum):
+    random = np.random.default_rng(0)
+    starts = [random.normal(size=size) for size in (shape, shape, (7, 2), (4,), shape)]
+    names = ["a.blocks.0.up.weight", "a.blocks.1.up.weight", "a.blocks.0.down.weight"]
+    names += ["a.blocks.0.up.bias", "embedding.weight"]
+    weights = [nn.Parameter(torch.from_numpy(start.copy())) for start in starts]
+    groups = [{"params": list(zip(names, weights, strict=True))}]
+    options = {"momentum": momentum, "betas": (0.9, 0.9), "weight_decay": DECAY}
+    optimizer = build_optimizer("muon", groups, learning_rate=0.03, **options)
+    grads = [[random.normal(size=start.shape) for start in starts] for _ in range(NUM_STEPS)]
+    for step in grads:
+        for weight, grad in zip(weights, step, strict=True):
+            weight.grad = torch.from_numpy(grad.copy())
+        optimizer.step()
+    for i, (weight, start) in enumerate(zip(weights, starts, strict=True)):
+        own = [step[i] for step in grads]
+        expected = muon(start, own, 0.03, momentum) if i < 3 else adam(start, own, 0.03)
+        np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_muons_steps_are_torchs_to_the_precision_of_its_bfloat16():
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(24, 16, generator=random)
+    grads = [torch.randn(24, 16, generator=random) for _ in range(4)]
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    groups = [{"params": [("blocks.0.weight", ours)]}]
+    optimizers = [
+        build_optimizer("muon", groups, learning_rate=0.02, weight_decay=DECAY),
+        torch.optim.Muon([theirs], lr=0.02, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for grad in grads:
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = grad.clone()
+            optimizer.step()
+    moved, expected = ours.detach() - start, theirs.detach() - start
+    assert float((moved - expected).norm() / expected.norm()) < 0.02
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    seed=st.integers(0, 999),
+)
+def test_orthogonalising_keeps_the_directions_and_evens_their_sizes(shape, scale, seed):
+    random = torch.Generator().manual_seed(seed)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], shape[0], generator=random, dtype=torch.double))
+    right, _ = torch.linalg.qr(
+        torch.randn(shape[1], shape[1], generator=random, dtype=torch.double)
+    )
+    sizes = torch.linspace(1.0, 0.1, min(shape), dtype=torch.double)
+    left, right = left[:, : len(sizes)], right[:, : len(sizes)]
+    matrix = scale * (left * sizes) @ right.T
+    found = orthogonalise(torch.stack([matrix, torch.zeros_like(matrix), -matrix]))
+    evened = left.T @ found[0] @ right
+    assert float((evened - evened.diag().diag()).abs().max()) < 1e-9
+    assert float(evened.diag().min()) > 0.6 and float(evened.diag().max()) < 1.25
+    assert torch.equal(found[1], torch.zeros_like(matrix))
+    torch.testing.assert_close(found[2], -found[0])
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from builders import default_dtype, gradients, pack, random_sequences, small_model
+from builders import VOCAB, default_dtype, gradients, pack, random_sequences, small_model
+from hasten.core.batch import PackedBatch
+from hasten.model.heads import TokenOutputs
+from hasten.model.layers import Embedding
 from hasten.model.transformer import Transformer
 
 # Short lengths often repeat (views), long ones differ much (several groups, padding).
@@ -33,23 +36,55 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-def run_packed(
-    model: Transformer, sequences: list[Tensor], types: list[Tensor] | None, weights: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    scores = model(pack(sequences, types))
-    (scores * weights).sum().backward()
-    return scores.detach(), gradients(model)
+SHARED = {
+    "norm": st.sampled_from(["layernorm", "rmsnorm"]),
+    "norm_placement": st.sampled_from(["pre", "post"]),
+    "positions": st.sampled_from(["rotary", "learned", "sinusoidal"]),
+    "qk_norm": st.booleans(),
+    "num_kv_heads": st.sampled_from([None, 1, 2]),
+    "bias": st.booleans(),
+    "attention_softcap": st.sampled_from([0.0, 2.0]),
+    "logit_softcap": st.sampled_from([0.0, 3.0]),
+    "tie_embeddings": st.booleans(),
+    "sliding_window": st.sampled_from([0, 1, 3, 64]),
+    "head": st.sampled_from(["language_modelling", "classification", "span"]),
+}
+DECODER_OPTIONS = st.fixed_dictionaries({"architecture": st.just("decoder"), **SHARED})
+TRANSLATOR_OPTIONS = st.fixed_dictionaries(
+    {
+        "architecture": st.just("encoder_decoder"),
+        **SHARED,
+        "num_decoder_layers": st.sampled_from([None, 1]),
+        "source_vocab_size": st.sampled_from([None, VOCAB + 3]),
+    }
+)
+PAIRS = st.one_of(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(st.sampled_from([1, 2, 40, 41, 150]), st.sampled_from([1, 3, 60, 200])),
+        min_size=1,
+        max_size=5,
+    ),
+)
 
 
-def run_singly(
-    model: Transformer, sequences: list[Tensor], types: list[Tensor] | None, weights: Tensor
+def outputs_of(model: Transformer, batch: PackedBatch) -> Tensor:
+    """Scores of sequences, of spans' ends or of all tokens: one row for each."""
+    outputs = model(batch)
+    return outputs.scores() if isinstance(outputs, TokenOutputs) else outputs
+
+
+def run(
+    model: Transformer, batches: list[PackedBatch], weights: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    scores = []
-    for i, sequence in enumerate(sequences):
-        score = model(pack([sequence], None if types is None else [types[i]]))
-        (score * weights[i]).sum().backward()
-        scores.append(score.detach())
-    return torch.cat(scores), gradients(model)
+    """Outputs and gradients of ``(outputs * weights).sum()`` over all batches."""
+    outputs, start = [], 0
+    for batch in batches:
+        found = outputs_of(model, batch)
+        (found * weights[start : start + len(found), : found.shape[1]]).sum().backward()
+        outputs.append(found.detach())
+        start += len(found)
+    return torch.cat(outputs), gradients(model)
 
 
 def assert_same(packed: Any, single: Any, tolerance: float) -> None:
@@ -63,19 +98,39 @@ def assert_same(packed: Any, single: Any, tolerance: float) -> None:
         assert difference <= tolerance * scale, (name, difference, scale)
 
 
-def check(lengths: list[int], options: dict[str, Any], dtype: torch.dtype, tolerance: float):
+def check(
+    lengths: list[int],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    tolerance: float,
+    source_lengths: list[int] | None = None,
+) -> None:
+    if options.get("head") != "language_modelling":
+        options = {**options, "logit_softcap": 0.0}
     with default_dtype(dtype):
         model = small_model(**options)
         sequences = random_sequences(lengths)
         types = None
-        if options["num_token_types"]:
+        if options.get("num_token_types"):
             types = [torch.arange(len(s)) % 3 for s in sequences]
-        weights = torch.randn(len(lengths), 3, generator=torch.Generator().manual_seed(1))
-        assert_same(
-            run_packed(model, sequences, types, weights),
-            run_singly(model, sequences, types, weights),
-            tolerance,
-        )
+        sources = None
+        if source_lengths is not None:
+            sources = random_sequences(source_lengths, seed=1)
+            if options["source_vocab_size"]:
+                sources = [s + 3 for s in sources]  # ids that only the source's vocabulary has
+        per_sequence = model.config.head == "classification"
+        shape = (len(lengths), 3) if per_sequence else (sum(lengths), VOCAB)
+        weights = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        together = pack(sequences, types, sources=sources)
+        singly = [
+            pack(
+                [sequence],
+                None if types is None else [types[i]],
+                sources=None if sources is None else [sources[i]],
+            )
+            for i, sequence in enumerate(sequences)
+        ]
+        assert_same(run(model, [together], weights), run(model, singly, weights), tolerance)
 
 
 @settings(max_examples=60)
@@ -89,6 +144,36 @@ def test_packed_equals_one_by_one_in_float64(lengths: list[int], options: dict[s
 def test_packed_equals_one_by_one_in_float32(lengths: list[int], options: dict[str, Any]):
     # Weights of the size that training begins with; 0.3 would amplify rounding itself.
     check(lengths, {**options, "initializer_std": 0.1}, torch.float32, 1e-5)
+
+
+@settings(max_examples=60)
+@given(lengths=LENGTHS, options=DECODER_OPTIONS)
+def test_a_packed_decoder_equals_one_by_one_in_float64(lengths: list[int], options: dict[str, Any]):
+    check(lengths, options, torch.float64, 1e-12)
+
+
+@settings(max_examples=60)
+@given(lengths=LENGTHS, options=DECODER_OPTIONS)
+def test_a_packed_decoder_equals_one_by_one_in_float32(lengths: list[int], options: dict[str, Any]):
+    check(lengths, {**options, "initializer_std": 0.1}, torch.float32, 1e-5)
+
+
+@settings(max_examples=60)
+@given(pairs=PAIRS, options=TRANSLATOR_OPTIONS)
+def test_a_packed_encoder_decoder_equals_one_by_one_in_float64(
+    pairs: list[tuple[int, int]], options: dict[str, Any]
+):
+    lengths, source_lengths = map(list, zip(*pairs, strict=True))
+    check(lengths, options, torch.float64, 1e-12, source_lengths)
+
+
+@settings(max_examples=60)
+@given(pairs=PAIRS, options=TRANSLATOR_OPTIONS)
+def test_a_packed_encoder_decoder_equals_one_by_one_in_float32(
+    pairs: list[tuple[int, int]], options: dict[str, Any]
+):
+    lengths, source_lengths = map(list, zip(*pairs, strict=True))
+    check(lengths, {**options, "initializer_std": 0.1}, torch.float32, 1e-5, source_lengths)
 
 
 def test_the_order_of_the_sequences_only_permutes_the_scores():
@@ -115,13 +200,68 @@ def test_changing_one_sequence_leaves_the_others_untouched(pooling: str, lengths
         assert not torch.allclose(before[changed], after[changed], atol=1e-3)
 
 
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [12, 9, 5]])
+def test_a_token_of_a_decoder_sees_only_what_it_may(lengths: list[int], window: int):
+    """Two layers pass a change on by two steps of ``window - 1`` tokens, and never backwards."""
+    model = small_model(architecture="decoder", head="language_modelling", sliding_window=window)
+    sequences = random_sequences(lengths)
+    before = outputs_of(model, pack(sequences))
+    changed = list(sequences)
+    changed[1] = changed[1].clone()
+    changed[1][1] = (changed[1][1] + 1) % VOCAB
+    differs = (outputs_of(model, pack(changed)) - before).detach().abs().amax(1)
+    place = lengths[0] + 1
+    last = min(lengths[1] - 1, 1 + 2 * (window - 1)) if window else lengths[1] - 1
+    reached = range(place, place + last)
+    assert [row for row, d in enumerate(differs.tolist()) if d] == list(reached)
+    assert float(differs[reached].min()) > 1e-4
+
+
+def test_changing_one_source_leaves_the_other_sequences_untouched():
+    model = small_model(architecture="encoder_decoder", head="language_modelling")
+    lengths, sequences = [3, 60, 3], random_sequences([3, 60, 3])
+    sources = random_sequences([9, 2, 130], seed=1)
+    before = outputs_of(model, pack(sequences, sources=sources)).split(lengths)
+    for changed in range(3):
+        others = list(sources)
+        others[changed] = (sources[changed] + 1) % VOCAB
+        after = outputs_of(model, pack(sequences, sources=others)).split(lengths)
+        for i in range(3):
+            if i != changed:
+                assert torch.equal(before[i], after[i])
+            else:  # every token of the sequence sees the whole of its source
+                assert float((before[i] - after[i]).detach().abs().amax(1).min()) > 1e-3
+
+
 def test_no_gradient_flows_from_one_sequence_to_another():
     model = small_model()
     # Each sequence has token ids of its own, so embedding rows tell whom a gradient reached.
     sequences = [torch.arange(0, 9), torch.arange(10, 25), torch.arange(30, 33)]
     model(pack(sequences))[1].sum().backward()
-    touched = model.encoder.embedding.tokens.weight.grad.abs().sum(1) > 0
-    assert touched.nonzero().flatten().tolist() == list(range(10, 25))
+    assert rows_touched(model.embedding) == list(range(10, 25))
+
+
+def test_no_gradient_flows_to_the_source_of_another_sequence():
+    model = small_model(
+        architecture="encoder_decoder",
+        head="language_modelling",
+        source_vocab_size=VOCAB,
+        tie_embeddings=False,
+    )
+    sequences = [torch.arange(0, 4), torch.arange(10, 15), torch.arange(30, 33)]
+    sources = [torch.arange(0, 9), torch.arange(10, 25), torch.arange(30, 33)]
+    outputs_of(model, pack(sequences, sources=sources))[4:9].square().sum().backward()
+    assert model.source_embedding is not None
+    assert rows_touched(model.source_embedding) == list(range(10, 25))
+    assert rows_touched(model.embedding) == list(range(10, 15))
+
+
+def rows_touched(embedding: Embedding) -> list[int]:
+    """The token ids whose embeddings a gradient reached."""
+    gradient = embedding.tokens.weight.grad
+    assert gradient is not None
+    return gradient.abs().sum(1).nonzero().flatten().tolist()
 
 
 def test_with_dropout_packed_training_outputs_differ_from_evaluation():
@@ -136,7 +276,7 @@ def test_filler_at_the_end_changes_no_score_and_no_gradient():
     with default_dtype(torch.float64):
         model, sequences = small_model(), random_sequences([5, 11, 3])
         weights = torch.randn(3, 3)
-        plain = run_packed(model, sequences, None, weights)
+        plain = run(model, [pack(sequences)], weights)
         filled = [*sequences, torch.zeros(13, dtype=torch.int64)]
         scores = model(pack(filled))[:3]
         (scores * weights).sum().backward()

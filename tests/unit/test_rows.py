@@ -1,4 +1,7 @@
-"""Reading CSV, TSV and JSON lines: nothing is lost, lines are right, errors say where."""
+"""Reading CSV, TSV and JSON lines: nothing is lost, lines are right, errors say where.
+
+The other formats have files of their own: test_rows_json, _parquet, _text and _aligned.
+"""
 
 from __future__ import annotations
 
@@ -262,6 +265,17 @@ def test_delimiter_as_asked_for(tmp_path):
         ("file.json", '{"a": 1}\n{"a": 2}\n', ("jsonl", None)),
         ("file.ndjson", '{"a": 1}\n', ("jsonl", None)),
         ("file", ' \n{"a": 1}\n', ("jsonl", None)),
+        ("file", '[{"a": 1}]', ("json", None)),
+        ("file.txt", "text,label\nb,1\n", ("text", None)),
+        ("file.TEXT", '{"a": 1}\n', ("text", None)),
+        ("file.md", "Some words.\nMore words, here.\nAnd none.\n", ("text", None)),
+        ("file", "only, one, line\n", ("text", None)),
+        ("file", "text,label\nb,1", ("csv", ",")),
+        ("file", f"{'long ' * 4000},1\n" * 5, ("csv", ",")),
+        ("file", "long " * 20_000, ("text", None)),
+        ("file", "words\nin\none\ncolumn\n", ("text", None)),
+        ("file", "a,b\n" * 19 + "a\n", ("csv", ",")),
+        ("file", "a,b\n" * 8 + "a\n" * 2, ("text", None)),
     ],
 )
 def test_format_by_name_or_content(tmp_path, name, content, wanted):
@@ -269,6 +283,27 @@ def test_format_by_name_or_content(tmp_path, name, content, wanted):
     assert (source.format, source.delimiter) == wanted
     compressed = write(tmp_path, gzip.compress(content.encode()), name + ".gz")
     assert (open_rows(compressed).format, open_rows(compressed).delimiter) == wanted
+
+
+def test_delimiter_or_header_makes_a_table_of_a_text_file(tmp_path):
+    path = write(tmp_path, "text\tlabel\na, b\t1\n", "file.txt")
+    for options in ({"delimiter": "tab"}, {"header": True}, {"delimiter": "\t", "header": True}):
+        source = open_rows(path, **options)
+        assert (source.format, source.columns) == ("tsv", ("text", "label"))
+        assert read(source) == [["a, b", "1"]]
+        assert "was given" in source.notes[0]
+    plain = open_rows(write(tmp_path, "a line\nanother, longer\n", "file.txt"), header=False)
+    assert (plain.format, plain.columns) == ("csv", ("1",))
+    assert read(plain) == [["a line"], ["another, longer"]]
+
+
+def test_what_rows_depend_on_is_in_the_notes(tmp_path):
+    """Caches are keyed by content and notes: equal notes must mean equal rows."""
+    path = write(tmp_path, b"a, b\nc, d\n", "file.txt")
+    ways = [{}, {"text_rows": "lines"}, {"delimiter": ","}, {"encoding": "latin-1"}]
+    files = [open_rows(path, **options) for options in ways]
+    assert len({(file.format, file.notes) for file in files}) == len(files)
+    assert len({file.fingerprint() for file in files}) == 1
 
 
 def test_gzip_is_recognised_by_content(tmp_path):
@@ -313,6 +348,7 @@ def test_fingerprint_is_that_of_the_bytes(tmp_path):
     path = write(tmp_path, "text,label\na,1\n")
     source = open_rows(path)
     assert source.fingerprint() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (source.path, source.paths) == (path, (path,))
 
 
 def test_large_file_is_read_beyond_the_sample(tmp_path):
@@ -502,12 +538,11 @@ def test_binary_file(tmp_path, content, part):
     refused(write(tmp_path, content), part)
 
 
-def test_other_formats_are_refused_by_name(tmp_path):
-    refused(write(tmp_path, "a b c\n", "file.txt"), ".csv, .tsv and .jsonl")
-    refused(write(tmp_path, "a b c\n", "file.txt.gz"), ".csv, .tsv and .jsonl")
-    refused(write(tmp_path, "x", "file.parquet"), "Parquet")
-    refused(write(tmp_path, '[{"a": 1}]', "file.json"), "JSON array", "jq")
-    refused(write(tmp_path, "some words\nmore words, here\n", "file.md"), "no table")
+def test_refusals_name_the_formats_that_are_read(tmp_path):
+    formats = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".parquet", ".gz")
+    refused(write(tmp_path, b"a,b\n\0\n"), *formats)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "is a folder", *formats)
 
 
 def test_undecodable_bytes_name_line_and_byte(tmp_path):

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from test_tokenizer import CORPUS
 from tokenizers import Tokenizer
 
-from builders import labelled_rows, write_rows
+from builders import corpus_of, labelled_rows, write_rows
 from hasten.core.errors import UsageError
-from hasten.data.corpus import Corpus, open_corpus
+from hasten.data.corpus import Corpus
 from hasten.data.rows import open_rows
 from hasten.data.subword import SubwordDropout, segment, supports_dropout
 from hasten.data.tokenizer import KINDS, train_tokenizer
-from hasten.data.tokens import EncodingFormat, open_tokens
+from hasten.data.tokens import EncodingFormat, encode_texts, open_tokens
 
 FORMS = [
     EncodingFormat(),
     EncodingFormat(max_length=9, class_token=True, separate_segments=True),
+    EncodingFormat(max_length=7, class_token=True, end_token=True, cells=(1,)),
 ]
 
 
@@ -36,7 +37,7 @@ def corpus(tmp_path: Path) -> Corpus:
     odd = [("Don't stop: it's 3.14!", "naïve café", "x"), ("中文 abc", "👍🏽 ok", "y")]
     rows = [*odd, *((text, text[::-1], label) for text, label in labelled_rows(60, seed=4))]
     path = write_rows(tmp_path / "pairs.csv", rows, ("one", "two", "label"))
-    return open_corpus(open_rows(path, header=True), ("one", "two"), "label")
+    return corpus_of(open_rows(path, header=True), text=("one", "two"))
 
 
 def build(corpus: Corpus, tokenizer: Tokenizer, form: EncodingFormat, rate: float, seed: int = 0):
@@ -59,6 +60,20 @@ def test_at_rate_0_the_tokens_are_the_tokenizers(corpus, tokenizer, form: Encodi
             assert found.token_types is not None and expected.token_types is not None
             assert found.token_types[start:end].tolist() == expected.token_types[a:b].tolist()
     assert found.token_ids.dtype == expected.token_ids.dtype
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_texts_are_cut_as_the_rows_own_would_be(corpus, tokenizer, form: EncodingFormat):
+    rows = [4, 0]
+    texts = [("hammer [UNK]apple", "x"), ("naïve café[MASK]", " 中文")]
+    found = build(corpus, tokenizer, form, 0.0).encode(3, rows, texts)
+    assert found == encode_texts(tokenizer, texts, form)
+    # At a rate, a row's own text is drawn as the store draws it.
+    source, own = build(corpus, tokenizer, form, 0.3), list(corpus.texts(np.array(rows)))
+    store = source.store(3)
+    for row, text in zip(rows, source.encode(3, rows, own), strict=True):
+        start, end = store.offsets[row : row + 2]
+        assert store.token_ids[start:end].tolist() == text.token_ids
 
 
 @settings(max_examples=150)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +15,20 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torch import Tensor
 
+from builders import corpus_of, write_rows
 from hasten.core.batch import PackedBatch, SequenceLayout
+from hasten.core.errors import DataError, UsageError
+from hasten.data.augment import Augmentation
+from hasten.data.corpus import Corpus, Reading
+from hasten.data.rows import Row, open_rows
+from hasten.data.tokenizer import train_tokenizer
+from hasten.data.tokens import EncodingFormat
 from hasten.task.baselines import majority_accuracy, tfidf_accuracy
+from hasten.task.contract import Drawing, TaskSettings, WantedColumns
 from hasten.task.text_classification import (
     UNSEEN,
     ClassificationMeter,
+    LabelledExamples,
     LossSettings,
     TextClassification,
     accuracy_interval,
@@ -205,16 +217,150 @@ def test_balanced_weights_make_every_class_weigh_the_same():
     weights = balanced_class_weights(counts)
     products = [w * n for w, n in zip(weights, counts, strict=True)]
     assert products == pytest.approx([100 / 3] * 3)
-    counted = {"b": 30, "a": 10, "c": 60}
-    task = TextClassification.from_counts(counted, LossSettings(), "balanced")
-    assert task.labels == ("a", "b", "c") and task.class_weights == weights
-    assert TextClassification.from_counts(counted, LossSettings()).class_weights is None
     from sklearn.utils.class_weight import compute_class_weight
 
     y = ["a"] * 10 + ["b"] * 30 + ["c"] * 60
     assert list(weights) == pytest.approx(
         compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=y).tolist()
     )
+
+
+# From a file to examples
+
+ROWS = [("one b", "b"), ("one a", "a"), ("held out", "z"), ("two b", "b"), ("three b", "b")]
+TRAINED = np.array([0, 1, 3, 4])
+SETTINGS = TaskSettings()
+
+
+@pytest.fixture
+def corpus(own_cache: Path, tmp_path: Path) -> Corpus:
+    path = write_rows(tmp_path / "t.csv", ROWS, ("text", "label"))
+    return corpus_of(open_rows(path, header=True))
+
+
+def task_of(corpus: Corpus, settings: TaskSettings = SETTINGS) -> TextClassification:
+    tokenizer = train_tokenizer((t for row in corpus.texts() for t in row), vocab_size=300)
+    reading = TextClassification.reading_of("text", corpus.columns, corpus.label_column)
+    return TextClassification.from_data(corpus, TRAINED, reading, (tokenizer,), settings)
+
+
+def test_the_classes_are_the_labels_of_the_training_rows(corpus: Corpus):
+    task = task_of(corpus)
+    assert task.labels == ("a", "b") and task.num_classes == 2
+    assert task.class_weights is None and task.loss == LossSettings()
+    settings = TaskSettings(
+        loss="focal", focal_gamma=1.5, label_smoothing=0.2, class_weights="balanced"
+    )
+    task = task_of(corpus, settings)
+    assert task.class_weights == balanced_class_weights((1, 3))
+    assert task.loss == LossSettings("focal", 1.5, 0.2)
+
+
+def test_the_examples_are_the_rows_with_the_number_of_their_class(corpus: Corpus):
+    task = task_of(corpus, TaskSettings(class_weights="balanced", max_length=77))
+    examples = task.examples(corpus, np.array([3, 2, 1]))
+    assert examples.targets.tolist() == [1, UNSEEN, 0]
+    assert examples.weights.tolist() == pytest.approx([4 / 6, 0.0, 2.0])
+    texts = [text for (text,) in corpus.texts(np.array([3, 2, 1]))]
+    ids = [e.ids for e in task.tokenizers[0].encode_batch(texts)]
+    assert (len(examples), examples.lengths.tolist()) == (3, [len(x) for x in ids])
+    # An example is called by its number in the split, whatever its row.
+    batch = examples.pack(np.array([2, 0]), weight=2.5)
+    assert batch.targets is not None and batch.targets.tolist() == [0, 1]
+    assert batch.token_ids.tolist() == ids[2] + ids[0]
+    assert (batch.example_ids.tolist(), batch.weight) == ([2, 0], 2.5)
+    assert examples.lines([0, 2]) == {corpus.name: [3, 5]}
+    assert examples.in_epoch(3) is examples
+
+
+def test_drawn_examples_keep_rows_classes_and_weights(corpus: Corpus):
+    task = task_of(corpus, TaskSettings(class_weights="balanced"))
+    plain = task.examples(corpus, TRAINED)
+    drawn = task.examples(corpus, TRAINED, Drawing(3, Augmentation(word_deletion=0.5)))
+    epochs = [drawn.in_epoch(epoch) for epoch in range(8)]
+    assert len({tuple(e.lengths.tolist()) for e in epochs}) > 1
+    for examples in (drawn, *epochs, epochs[0].in_epoch(1)):
+        assert isinstance(examples, LabelledExamples) and len(examples) == 4
+        for name in ("rows", "targets", "weights"):
+            assert np.array_equal(getattr(examples, name), getattr(plain, name))
+        batch = examples.pack(np.array([3, 1]))
+        assert batch.layout.lengths == tuple(examples.lengths[[3, 1]].tolist())
+    again = epochs[0].in_epoch(1).pack(np.arange(4))
+    assert torch.equal(again.token_ids, epochs[1].pack(np.arange(4)).token_ids)
+    # What is drawn are the rows' own words.
+    words = task.tokenizers[0].decode(epochs[0].pack(np.array([0])).token_ids.tolist()).split()
+    assert words and set(words) <= {"one", "b"}
+
+
+@pytest.mark.parametrize("segments", ["auto", "join", "separate"])
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_the_format_follows_from_pooling_and_segments(
+    segments: Any, pooling: str, own_cache: Path, tmp_path: Path
+):
+    rows = [(text, "more of it", label) for text, label in ROWS]
+    path = write_rows(tmp_path / "t.csv", rows, ("one", "two", "label"))
+    pairs = corpus_of(open_rows(path), text=("one", "two"))
+    task = task_of(pairs, TaskSettings(segments=segments, pooling=pooling, max_length=9))
+    expected = EncodingFormat(9, pooling == "first", segments != "join")
+    assert task.form == expected
+    assert task.input_columns == ("one", "two")
+    options = task.model_options()
+    assert options["num_token_types"] == (0 if segments == "join" else 2)
+    assert (options["num_labels"], options["max_positions"], options["head"]) == (
+        2,
+        9,
+        "classification",
+    )
+    assert options["vocab_size"] == task.tokenizers[0].get_vocab_size()
+    saved = json.loads(json.dumps(task.to_json()))
+    again = TextClassification.from_json(saved, task.reading, task.tokenizers)
+    assert (again.labels, again.form, again.input_columns) == (
+        task.labels,
+        expected,
+        ("one", "two"),
+    )
+
+
+def test_a_file_of_labels_never_seen_is_refused_and_some_are_told(corpus: Corpus, tmp_path: Path):
+    task = task_of(corpus)
+    (warning,) = task.check_evaluation(corpus)
+    assert "never seen in training" in warning and "z (1 of 5 rows)" in warning
+    for rows, known in ((ROWS[:2], True), ([("x", "q"), ("y", "r")], False)):
+        other = corpus_of(open_rows(write_rows(tmp_path / "v.csv", rows, ("text", "label"))))
+        if known:
+            assert task.check_evaluation(other) == []
+            continue
+        with pytest.raises(DataError, match=r"v\.csv: no label .*\(q, r\) .* had a, b"):
+            task.check_evaluation(other)
+
+
+def choose(folder: Path, rows: list[tuple[str, str]], wanted: WantedColumns) -> Reading:
+    file = open_rows(write_rows(folder / "c.csv", rows, ("words", "kind")))
+    sample = [row for row in file if isinstance(row, Row)]
+    assert TextClassification.recognise(file, sample) is not None
+    reading, reasons = TextClassification.choose_reading(file, sample, wanted)
+    assert len(reasons) == 2
+    return reading
+
+
+def test_columns_are_chosen_unless_they_are_named(tmp_path: Path):
+    rows = [(f"some text number {i % 9}", "ab"[i % 2]) for i in range(20)]
+    reading = choose(tmp_path, rows, WantedColumns())
+    assert (reading.columns, reading.label) == (("words",), "kind")
+    assert (reading.task, reading.is_continuous) == ("text-classification", False)
+    assert reading.read_row(("  spaced out ",)) == ("spaced out",)
+    swapped = choose(tmp_path, rows, WantedColumns(text=("kind",), label="words"))
+    assert (swapped.columns, swapped.label) == (("kind",), "words")
+    for wanted in (WantedColumns(source="words"), WantedColumns(target="words")):
+        with pytest.raises(UsageError, match="no source or target"):
+            choose(tmp_path, rows, wanted)
+
+
+def test_a_file_without_labels_is_not_for_this_task(tmp_path: Path):
+    rows = [(f"some text number {i}", f"another text of {i} words") for i in range(20)]
+    file = open_rows(write_rows(tmp_path / "c.csv", rows, ("one", "two")))
+    sample = [row for row in file if isinstance(row, Row)]
+    assert TextClassification.recognise(file, sample) is None
 
 
 def test_predictions_are_probabilities_of_named_labels():

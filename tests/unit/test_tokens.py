@@ -12,20 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from builders import labelled_rows, write_rows
+from builders import corpus_of, labelled_rows, write_rows
 from hasten.core.errors import UsageError
 from hasten.data import tokens as tokens_module
-from hasten.data.corpus import open_corpus
-from hasten.data.packing import pack_examples, pack_texts
+from hasten.data.packing import IGNORED, pack_examples, pack_shifted, pack_texts
 from hasten.data.rows import open_rows
 from hasten.data.tokenizer import train_tokenizer
-from hasten.data.tokens import EncodedText, EncodingFormat, encode_texts, open_tokens
+from hasten.data.tokens import (
+    EncodedText,
+    EncodingFormat,
+    TokenStore,
+    encode_texts,
+    open_tokens,
+)
 
 FORMS = [
     EncodingFormat(max_length=12),
     EncodingFormat(max_length=12, class_token=True),
     EncodingFormat(max_length=12, separate_segments=True),
     EncodingFormat(max_length=12, class_token=True, separate_segments=True),
+    EncodingFormat(max_length=12, class_token=True, end_token=True, cells=(1,)),
 ]
 
 
@@ -46,11 +52,32 @@ def test_cells_are_joined_or_kept_apart(tokenizer: Tokenizer):
     (found,) = encode_texts(tokenizer, [row], EncodingFormat(class_token=True))
     assert found == EncodedText([2, *joined], [0] * 6, 0)
     (found,) = encode_texts(tokenizer, [row], EncodingFormat(separate_segments=True))
-    assert found == EncodedText([*joined[:2], 3, *joined[2:]], [0, 0, 1, 1, 1, 1], 0)
+    # A separator belongs to the segment before it, as in BERT.
+    assert found == EncodedText([*joined[:2], 3, *joined[2:]], [0, 0, 0, 1, 1, 1], 0)
     (found,) = encode_texts(
         tokenizer, [row], EncodingFormat(class_token=True, separate_segments=True)
     )
-    assert found == EncodedText([2, *joined[:2], 3, *joined[2:]], [0, 0, 0, 1, 1, 1, 1], 0)
+    assert found == EncodedText([2, *joined[:2], 3, *joined[2:]], [0, 0, 0, 0, 1, 1, 1], 0)
+    (found,) = encode_texts(tokenizer, [row], EncodingFormat(end_token=True))
+    assert found == EncodedText([*joined, 3], [0] * 6, 0)
+    (found,) = encode_texts(
+        tokenizer, [row], EncodingFormat(separate_segments=True, end_token=True)
+    )
+    assert found == EncodedText([*joined[:2], 3, *joined[2:], 3], [0, 0, 0, 1, 1, 1, 1], 0)
+
+
+def test_only_the_cells_asked_for_are_encoded_in_their_order(tokenizer: Tokenizer):
+    row = ("a b", "c", "d e")
+    for cells, wanted in (((1,), "c"), ((2, 0), "d e a b"), ((), "a b c d e")):
+        (found,) = encode_texts(tokenizer, [row], EncodingFormat(cells=cells))
+        assert found.token_ids == words(tokenizer, wanted)
+
+
+def test_without_a_limit_nothing_is_cut(tokenizer: Tokenizer):
+    long = " ".join(["a"] * 3000)
+    (found,) = encode_texts(tokenizer, [(long, "b")], EncodingFormat(0, end_token=True))
+    assert found.token_ids == [*words(tokenizer, long), *words(tokenizer, "b"), 3]
+    assert found.num_cut == 0
 
 
 @settings(max_examples=200)
@@ -59,18 +86,21 @@ def test_cells_are_joined_or_kept_apart(tokenizer: Tokenizer):
     max_length=st.integers(1, 40),
     class_token=st.booleans(),
     separate=st.booleans(),
+    end_token=st.booleans(),
 )
 def test_cutting_is_fair_counted_and_never_too_little(
-    sizes: list[int], max_length: int, class_token: bool, separate: bool
+    sizes: list[int], max_length: int, class_token: bool, separate: bool, end_token: bool
 ):
     tokenizer = _word_tokenizer()
-    form = EncodingFormat(max_length, class_token, separate)
+    form = EncodingFormat(max_length, class_token, separate, end_token)
     row = tuple(" ".join(["abcd"[i]] * size) for i, size in enumerate(sizes))
     (found,) = encode_texts(tokenizer, [row], form)
     assert 1 <= len(found.token_ids) == len(found.token_types) <= max_length
     kept = [found.token_ids.count(tokenizer.token_to_id("abcd"[i])) for i in range(len(sizes))]
-    extra = class_token + separate * (len(sizes) - 1)
+    extra = class_token + end_token + separate * (len(sizes) - 1)
     room = max(0, max_length - extra)
+    if end_token and max_length >= extra:
+        assert found.token_ids[-1] == tokenizer.token_to_id("[SEP]")
     assert found.num_cut == sum(sizes) - sum(kept)
     assert sum(kept) == min(sum(sizes), room)
     # Fair: a segment is cut only down to what no other segment exceeds by more than one.
@@ -105,13 +135,15 @@ def test_a_missing_special_token_is_named():
         encode_texts(bare, [("a",)], EncodingFormat(class_token=True))
     with pytest.raises(UsageError, match=r"\[SEP\]"):
         encode_texts(bare, [("a", "a")], EncodingFormat(separate_segments=True))
+    with pytest.raises(UsageError, match=r"\[SEP\]"):
+        encode_texts(bare, [("a",)], EncodingFormat(end_token=True))
     assert encode_texts(bare, [("a", "a")], EncodingFormat())[0].token_ids == [0, 0]
 
 
 def pair_corpus(folder: Path):
     rows = [(text, text[::-1], label) for text, label in labelled_rows(120, seed=4)]
     path = write_rows(folder / "pairs.csv", rows, ("one", "two", "label"))
-    return open_corpus(open_rows(path), ("one", "two"), "label")
+    return corpus_of(open_rows(path), text=("one", "two"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -154,7 +186,7 @@ def test_the_second_opening_encodes_nothing(
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     other = tmp_path / "elsewhere.csv"
     other.write_bytes((tmp_path / "pairs.csv").read_bytes())
-    corpus = open_corpus(open_rows(other), ("one", "two"), "label")
+    corpus = corpus_of(open_rows(other), text=("one", "two"))
     again = open_tokens(corpus, Tokenizer.from_file(str(tmp_path / "tokenizer.json")), FORMS[0])
     assert len(calls) == num_calls
     assert np.array_equal(again.token_ids, first.token_ids)
@@ -174,7 +206,8 @@ def test_the_type_of_ids_holds_the_largest(size: int, own_cache: Path, tmp_path:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     path = write_rows(tmp_path / "a.csv", [(f"w1 w{size - 1}", "x"), ("w7", "y")], ("t", "l"))
-    store = open_tokens(open_corpus(open_rows(path), ("t",), "l"), tokenizer, EncodingFormat())
+    corpus = corpus_of(open_rows(path), text=("t",), label="l")
+    store = open_tokens(corpus, tokenizer, EncodingFormat())
     assert store.token_ids.tolist() == [1, size - 1, 7]
 
 
@@ -197,7 +230,7 @@ def test_packing_lays_the_examples_end_to_end(
     store = open_tokens(corpus, tokenizer, form)
     chosen = np.array([5, 0, 119, 7, 7])
     targets = np.arange(120) * 10
-    batch = pack_examples(store, chosen, targets=targets, weight=2.5)
+    batch = pack_examples(store, chosen, targets=targets[chosen], weight=2.5)
     expected = [encode_texts(tokenizer, [rows[i]], form)[0] for i in chosen.tolist()]
     lengths = [len(text.token_ids) for text in expected]
     assert batch.layout.lengths == tuple(lengths)
@@ -219,6 +252,46 @@ def test_packing_lays_the_examples_end_to_end(
     if batch.token_types is not None:
         assert torch.equal(in_memory.token_types, batch.token_types)
     assert pack_examples(store, chosen).targets is None
+    numbered = pack_examples(store, chosen, example_ids=np.array([4, 3, 2, 1, 0]))
+    assert numbered.example_ids.tolist() == [4, 3, 2, 1, 0]
+    assert torch.equal(numbered.token_ids, batch.token_ids)
+
+
+def test_targets_may_have_several_numbers_each(own_cache: Path, tmp_path: Path):
+    corpus = pair_corpus(tmp_path)
+    texts = [c for row in corpus.texts() for c in row]
+    store = open_tokens(corpus, train_tokenizer(texts, kind="word", vocab_size=300), FORMS[0])
+    spans = np.array([[1, 4], [0, 0]])
+    batch = pack_examples(store, np.array([3, 8]), targets=spans)
+    assert batch.targets is not None and batch.targets.tolist() == [[1, 4], [0, 0]]
+
+
+STORE = TokenStore(
+    token_ids=np.array([10, 11, 12, 13, 20, 21, 30, 31, 32], np.uint16),
+    offsets=np.array([0, 4, 6, 9]),
+    token_types=np.array([0, 0, 1, 1, 0, 1, 1, 0, 1], np.uint8),
+    num_truncated=0,
+)
+
+
+def test_the_next_token_is_the_target():
+    starts, ends = np.array([4, 0, 7]), np.array([6, 4, 9])
+    batch = pack_shifted(STORE, starts, ends, example_ids=np.array([7, 5, 9]), weight=2.5)
+    assert batch.token_ids.tolist() == [20, 10, 11, 12, 31]
+    assert batch.targets is not None and batch.targets.tolist() == [21, 11, 12, 13, 32]
+    assert batch.layout.lengths == (1, 3, 1)
+    assert batch.positions.tolist() == [0, 0, 1, 2, 0]
+    assert (batch.example_ids.tolist(), batch.weight) == ([7, 5, 9], 2.5)
+    assert batch.token_ids.dtype == batch.targets.dtype == torch.int64
+
+
+def test_only_targets_of_the_type_asked_for_are_learned():
+    """The type is that of the token to be said, not of the one before it."""
+    starts, ends = np.array([0, 6]), np.array([4, 9])
+    batch = pack_shifted(STORE, starts, ends, example_ids=starts, learned_type=1)
+    assert batch.token_ids.tolist() == [10, 11, 12, 30, 31]
+    assert batch.targets is not None
+    assert batch.targets.tolist() == [IGNORED, 12, 13, IGNORED, 32]
 
 
 def test_a_trimmed_store_stays_readable_while_it_is_open(own_cache: Path, tmp_path: Path):

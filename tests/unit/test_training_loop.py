@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_training_step import Poisoned
 from torch import Tensor
 
 from builders import STILL, TINY, Recorder, write_labelled, write_rows
 from hasten.config.load import build_config, differences, replace_values
+from hasten.config.schema import ModelConfig
 from hasten.core.errors import DivergenceError, HastenError, UsageError
 from hasten.data.order import plan_epoch, steps_per_epoch
+from hasten.task.contract import Machine
+from hasten.task.text_classification import LabelledExamples
 from hasten.training.build import Plan, build_loop, build_model, plan_run
 from hasten.training.evaluate import evaluate, measure
 from hasten.training.finish import finish_run
@@ -63,7 +68,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_what_is_logged_adds_up(data_file: Path, tmp_path: Path):
-    settings = {"train.log_every": 4, "eval.per_epoch": 2, "tokenizer.dropout": 0.0}
+    settings = {"train.log_every": 4, "eval.per_epoch": 2, "data.augment": "none"}
     loop, plan, recorder = make(data_file, tmp_path, **settings)
     entries = run(loop)
     total, per_epoch = plan.total_steps, plan.steps_per_epoch
@@ -140,11 +145,12 @@ def test_the_averaged_weights_are_what_is_evaluated_and_kept(data_file: Path, tm
     run(loop)
     parts, split = loop.parts, loop.validation
     assert parts.average is not None and split is not None
-    raw = measure(parts.model, parts.task, split, device=parts.device, batch_tokens=500).compute()
+    machine = Machine(parts.device, batch_tokens=500)
+    raw = measure(parts.model, parts.task, split, machine).compute()
     last = recorder.evaluations[-1].metrics
-    copy = build_model(plan.config, plan.data)
+    copy = build_model(plan.config, plan.data.task)
     copy.load_state_dict(dict(copy.state_dict()) | parts.average.tensors())
-    averaged = measure(copy, parts.task, split, device=parts.device, batch_tokens=500).compute()
+    averaged = measure(copy, parts.task, split, machine).compute()
     assert averaged["loss"] == pytest.approx(last["loss"], abs=1e-6)
     assert abs(raw["loss"] - last["loss"]) > 1e-4
     if loop.state.best_step == loop.state.step:
@@ -165,17 +171,16 @@ def test_evaluation_leaves_the_training_weights_and_mode(data_file: Path, tmp_pa
             parts.model,
             parts.task,
             loop.validation,
-            device=parts.device,
-            batch_tokens=size,
+            Machine(parts.device, batch_tokens=size),
             average=parts.average,
-        )
+        ).metrics
         for size in (50, 100000)
     ]
     assert parts.model.training
     assert all(torch.equal(before[n], t) for n, t in parts.model.state_dict().items())
     assert found[0]["accuracy"] == found[1]["accuracy"]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=1e-6)
-    assert found[0]["num_examples"] == len(loop.validation.rows)
+    assert found[0]["num_examples"] == len(loop.validation)
     assert found[0]["num_tokens"] == int(loop.validation.lengths.sum())
 
 
@@ -198,14 +203,73 @@ def test_patience_counts_evaluations_without_progress_only():
     state = TrainState()
     for step, value in enumerate([0.5, 0.4, 0.6, 0.6, float("nan"), 0.7]):
         state.step = step
-        state.record(value, higher_is_better=True)
+        state.record(value, higher_is_better=True, loss=1.0)
     assert (state.best_metric, state.best_step, state.evaluations_since_best) == (0.7, 5, 0)
     state = TrainState()
-    assert not state.record(float("nan"), higher_is_better=False)
+    assert not state.record(float("nan"), higher_is_better=False, loss=1.0)
     assert state.best_metric is None and state.evaluations_since_best == 1
-    assert state.record(3.0, higher_is_better=False) and state.record(2.0, higher_is_better=False)
-    assert not state.record(2.0, higher_is_better=False)
+    assert state.record(3.0, higher_is_better=False, loss=1.0)
+    assert state.record(2.0, higher_is_better=False, loss=1.0)
+    assert not state.record(2.0, higher_is_better=False, loss=1.0)
     assert TrainState.from_dict(json.loads(json.dumps(state.as_dict()))) == state
+
+
+def test_of_equal_metrics_the_lower_loss_is_the_better_model_but_no_progress():
+    """Small validation sets often measure the same accuracy again."""
+    state = TrainState()
+    found = []
+    for step, (accuracy, loss) in enumerate(
+        [(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.5, 0.9), (0.4, 0.1), (0.5, 0.8), (0.6, 3.0)]
+    ):
+        state.step = step
+        is_best = state.record(accuracy, higher_is_better=True, loss=loss)
+        found.append((is_best, state.best_step, state.best_loss, state.evaluations_since_best))
+    assert found == [
+        (True, 0, 1.0, 0),
+        (True, 1, 0.9, 1),  # kept, though patience goes on
+        (False, 1, 0.9, 2),
+        (False, 1, 0.9, 3),
+        (False, 1, 0.9, 4),
+        (True, 5, 0.8, 5),
+        (True, 6, 3.0, 0),
+    ]
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_a_loss_that_is_not_a_number_never_wins_a_tie(higher_is_better: bool):
+    state = TrainState()
+    assert state.record(0.5, higher_is_better, loss=math.nan)  # the first of all
+    assert not state.record(0.5, higher_is_better, loss=math.nan)
+    assert state.record(0.5, higher_is_better, loss=5.0)
+    assert not state.record(0.5, higher_is_better, loss=math.nan)
+    assert state.best_loss == 5.0
+
+
+@given(
+    values=st.lists(
+        st.tuples(st.sampled_from([0.2, 0.5, math.nan]), st.sampled_from([0.1, 0.7, 2.0])),
+        min_size=1,
+        max_size=12,
+    ),
+    higher_is_better=st.booleans(),
+)
+def test_the_best_is_the_first_of_the_best(
+    values: list[tuple[float, float]], higher_is_better: bool
+):
+    state = TrainState()
+    for step, (value, loss) in enumerate(values):
+        state.step = step
+        assert state.record(value, higher_is_better, loss) == (
+            state.best_step == step and state.best_metric == value
+        )
+    sign = -1 if higher_is_better else 1
+    ranks = [(sign * v, loss, i) for i, (v, loss) in enumerate(values) if not math.isnan(v)]
+    if ranks:
+        assert state.best_step == min(ranks)[2]
+        first = min((rank, i) for rank, _, i in ranks)[1]
+        assert state.evaluations_since_best == len(values) - 1 - first
+    else:
+        assert state.best_metric is None and state.evaluations_since_best == len(values)
 
 
 def test_plateau_lowers_the_rate(data_file: Path, tmp_path: Path):
@@ -242,8 +306,13 @@ def test_skipped_steps_are_counted_and_logged_with_their_lines(data_file: Path, 
     assert loop.state.num_skipped == 2 and loop.state.skipped_in_a_row == 0
     skipped = [e for e in entries if e.get("skipped")]
     assert [e["step"] for e in skipped] == [2, 4]
-    texts = data_file.read_text().splitlines()
-    assert all(1 < line <= len(texts) for e in skipped for line in e["lines"])
+    batches = plan_epoch(
+        loop.train.in_epoch(0).lengths, seed=0, epoch=0, num_batches=plan.steps_per_epoch
+    )
+    for entry, batch in zip(skipped, (batches[1], batches[3]), strict=True):
+        rows = sorted(loop.train.rows[batch].tolist())
+        lines = loop.train.corpus.lines[rows].tolist()
+        assert entry["lines"] == {str(data_file): lines}
     assert len(recorder.warnings) >= 2 and str(data_file) in recorder.warnings[-1]
     # A line over a skipped step alone has no loss, rather than a perfect one.
     by_step = {e["step"]: e for e in entries if e.get("split") == "train"}
@@ -251,6 +320,63 @@ def test_skipped_steps_are_counted_and_logged_with_their_lines(data_file: Path, 
     assert math.isnan(recorder.steps[1].loss)
     result = finish_run(loop, plan)
     assert result["training"]["num_skipped"] == 2
+
+
+class Moving(LabelledExamples):
+    """Examples that have other numbers in an epoch, and are more of them, as windows may be."""
+
+    def in_epoch(self, epoch: int) -> LabelledExamples:
+        rows, targets = np.tile(self.rows[::-1], 2), np.tile(self.targets[::-1], 2)
+        weights = np.ones(len(rows))
+        return LabelledExamples(self.corpus, rows, self.store, targets=targets, weights=weights)
+
+
+def test_the_lines_of_a_skipped_step_are_those_of_its_epochs_examples(
+    data_file: Path, tmp_path: Path
+):
+    loop, plan, _ = make(data_file, tmp_path, **{"train.epochs": 1, "data.augment": "none"})
+    train = loop.train
+    assert isinstance(train, LabelledExamples)
+    loop.train = moving = Moving(
+        train.corpus, train.rows, train.store, targets=train.targets, weights=train.weights
+    )
+    poison(loop, {2})
+    (skipped,) = [e for e in run(loop) if e.get("skipped")]
+    examples = moving.in_epoch(0)
+    batches = plan_epoch(examples.lengths, seed=0, epoch=0, num_batches=plan.steps_per_epoch)
+    assert batches[2].max() >= len(train)  # a number that only the epoch's examples know
+    assert skipped["lines"] == examples.lines(batches[2].tolist())
+
+
+class Shrinking(LabelledExamples):
+    """Examples that are fewer in an epoch, as windows are where augmentation deletes words."""
+
+    def in_epoch(self, epoch: int) -> LabelledExamples:
+        few = np.arange(0, len(self), 3)
+        return LabelledExamples(
+            self.corpus,
+            self.rows[few],
+            self.store,
+            targets=self.targets[few],
+            weights=self.weights[few],
+        )
+
+
+def test_an_epoch_may_have_fewer_examples_than_the_run_has_steps_for_it(
+    data_file: Path, tmp_path: Path
+):
+    loop, plan, _ = make(
+        data_file, tmp_path, **{"train.tokens_per_step": 1, "train.epochs": 2, "train.log_every": 1}
+    )
+    train = loop.train
+    assert isinstance(train, LabelledExamples) and plan.steps_per_epoch == len(train)
+    loop.train = Shrinking(
+        train.corpus, train.rows, train.store, targets=train.targets, weights=train.weights
+    )
+    trained = [e for e in run(loop) if e.get("split") == "train"]
+    assert len(trained) == plan.total_steps and loop.state.num_skipped == 0
+    tokens = np.diff([0, *(entry["num_tokens"] for entry in trained)])
+    assert tokens.min() > 0  # no step without examples
 
 
 def test_several_skipped_steps_in_a_row_end_the_run_naming_lines(data_file: Path, tmp_path: Path):
@@ -377,43 +503,77 @@ def test_warnings_name_what_a_person_should_look_at(tmp_path: Path):
     assert plan.data.splits["test"].targets.tolist()[-1] == -1
 
 
-def test_every_model_setting_reaches_the_model(data_file: Path, tmp_path: Path):
-    settings = {
-        "num_layers": 3,
-        "hidden_size": 48,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "feed_forward_size": 50,
-        "activation": "swiglu",
-        "norm": "layernorm",
-        "norm_placement": "post",
-        "positions": "learned",
-        "qk_norm": True,
-        "bias": True,
-        "dropout": 0.11,
-        "attention_dropout": 0.12,
-        "token_dropout": 0.13,
-        "head_dropout": 0.14,
-        "stochastic_depth": 0.15,
-        "initializer_std": 0.031,
-        "zero_init_residual": False,
-        "pooling": "mean",
-    }
-    from hasten.config.schema import ModelConfig
+MODEL_SETTINGS: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 48,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "feed_forward_size": 50,
+    "activation": "swiglu",
+    "norm": "layernorm",
+    "norm_placement": "post",
+    "positions": "learned",
+    "sliding_window": 5,
+    "logit_softcap": 30.0,
+    "tie_embeddings": False,
+    "qk_norm": True,
+    "bias": True,
+    "dropout": 0.11,
+    "attention_dropout": 0.12,
+    "token_dropout": 0.13,
+    "head_dropout": 0.14,
+    "stochastic_depth": 0.15,
+    "initializer_std": 0.031,
+    "zero_init_residual": False,
+    "pooling": "mean",
+}
+ELSEWHERE = {
+    "text-classification": {"num_decoder_layers", "sliding_window", "logit_softcap"},
+    "translation": {"pooling"},
+}
 
-    assert settings.keys() == ModelConfig.model_fields.keys()
+
+@pytest.mark.parametrize("task", ELSEWHERE)
+def test_every_model_setting_reaches_the_model(task: str, data_file: Path, tmp_path: Path):
+    assert MODEL_SETTINGS.keys() == ModelConfig.model_fields.keys()
     default = ModelConfig()
-    assert not [name for name in settings if settings[name] == getattr(default, name)]
-    _, plan, _ = make(
-        data_file,
-        tmp_path,
-        **{f"model.{k}": v for k, v in settings.items()},
-        **{"tokenizer.max_length": 77},
-    )
-    found = build_model(plan.config, plan.data).config
+    assert not [name for name in MODEL_SETTINGS if MODEL_SETTINGS[name] == getattr(default, name)]
+    settings = {n: v for n, v in MODEL_SETTINGS.items() if n not in ELSEWHERE[task]}
+    columns = {"data.source": "text", "data.target": "label"} if task == "translation" else {}
+    others = {key: value for key, value in TINY.items() if not key.startswith("model.")}
+    overrides = {
+        "data.train": str(data_file),
+        "task": task,
+        "tokenizer.max_length": 77,
+        **others,
+        **columns,
+        **{f"model.{name}": value for name, value in settings.items()},
+    }
+    plan = plan_run(build_config(overrides=overrides), Recorder())
+    found = build_model(plan.config, plan.data.task).config
     assert {name: getattr(found, name) for name in settings} == settings
-    assert found.max_positions == 77 and found.num_labels == 3
-    assert found.vocab_size == plan.data.tokenizer.get_vocab_size()
+    assert found.architecture == plan.data.task.architecture
+    assert found.vocab_size == plan.data.task.tokenizers[-1].get_vocab_size()
+    assert found.max_positions >= 77
+    if task == "text-classification":
+        assert (found.max_positions, found.num_labels, found.head) == (77, 3, "classification")
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [(task, name) for task, names in ELSEWHERE.items() for name in names]
+)
+def test_a_setting_without_effect_is_refused(task: str, name: str, data_file: Path, tmp_path: Path):
+    columns = {"data.source": "text", "data.target": "label"} if task == "translation" else {}
+    overrides = {
+        "data.train": str(data_file),
+        "task": task,
+        **{key: value for key, value in TINY.items() if key != "model.pooling"},
+        **columns,
+        f"model.{name}": MODEL_SETTINGS[name],
+    }
+    with pytest.raises(UsageError, match=rf"model\.{name} has no effect .*leave it out"):
+        plan_only(build_config(overrides=overrides), tmp_path / "run", Recorder())
 
 
 def test_a_plan_holds_no_auto(data_file: Path, tmp_path: Path):

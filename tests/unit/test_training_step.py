@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from builders import STILL, TINY, Recorder, default_dtype, write_labelled
 from hasten.config.load import build_config
 from hasten.data.order import cut_micro_batches, plan_epoch, steps_per_epoch
-from hasten.data.packing import pack_examples
 from hasten.optim.state import flatten_optimizer_state
-from hasten.task.text_classification import UNSEEN, TextClassification
+from hasten.task.text_classification import UNSEEN, LabelledExamples, TextClassification
 from hasten.training.build import build_loop, plan_run
 from hasten.training.loop import Loop
 from hasten.training.step import run_step
@@ -36,8 +35,15 @@ def make_loop(data_file: Path, folder: Path, **settings: Any) -> Loop:
 
 def batches_of(loop: Loop) -> list[np.ndarray]:
     lengths = loop.train.lengths
-    batches = plan_epoch(lengths, seed=0, epoch=0, num_batches=steps_per_epoch(lengths, 400))
-    return [loop.train.rows[batch] for batch in batches]
+    return plan_epoch(lengths, seed=0, epoch=0, num_batches=steps_per_epoch(lengths, 400))
+
+
+def with_targets(loop: Loop, targets: np.ndarray) -> LabelledExamples:
+    """The training examples with other classes."""
+    train, task = loop.train, loop.parts.task
+    assert isinstance(train, LabelledExamples) and isinstance(task, TextClassification)
+    weights = task.unit_weights(targets)
+    return LabelledExamples(train.corpus, train.rows, train.store, targets=targets, weights=weights)
 
 
 def weights_after(loop: Loop, steps: int = 5) -> dict[str, Tensor]:
@@ -87,9 +93,10 @@ def test_the_size_of_a_micro_batch_does_not_matter(
                 data_file, tmp_path, **{"train.micro_batch_tokens": micro_batch_tokens}, **settings
             )
             if unseen:
+                assert isinstance(loop.train, LabelledExamples)
                 targets = loop.train.targets.copy()
                 targets[::3] = UNSEEN
-                loop.train = dataclasses.replace(loop.train, targets=targets)
+                loop.train = with_targets(loop, targets)
             found.append(weights_after(loop))
         assert next(iter(found[-1].values())).dtype == dtype
     with default_dtype(dtype):
@@ -103,7 +110,8 @@ def test_the_loss_is_the_mean_over_the_whole_batch(data_file: Path, tmp_path: Pa
     settings = {**STILL, "train.class_weights": "balanced", "train.label_smoothing": 0.1}
     loop = make_loop(data_file, tmp_path, **{"train.micro_batch_tokens": 30}, **settings)
     examples = batches_of(loop)[0]
-    batch = pack_examples(loop.train.store, examples, targets=loop.train.targets)
+    batch = loop.train.pack(examples)
+    assert batch.targets is not None
     task = loop.parts.task
     assert isinstance(task, TextClassification) and task.class_weights is not None
     with torch.no_grad():
@@ -194,7 +202,7 @@ def test_a_step_that_is_not_finite_touches_nothing(data_file: Path, tmp_path: Pa
     loop = make_loop(data_file, tmp_path, **settings)
     batches = batches_of(loop)
     run_step(loop.parts, loop.train, batches[0], 0)
-    pieces = len(cut_micro_batches(batches[1], loop.train.store.lengths, 100))
+    pieces = len(cut_micro_batches(batches[1], loop.train.lengths, 100))
     assert pieces >= 3
     poisoned = Poisoned(loop.parts.task, {2}, value)  # only the second micro-batch of several
     loop.parts = dataclasses.replace(loop.parts, task=poisoned)  # pyright: ignore
@@ -245,9 +253,9 @@ def test_dropout_depends_on_where_training_stands_and_on_nothing_else(
         "train.micro_batch_tokens": 1,
     }
     loop = make_loop(data_file, tmp_path, **settings)
-    lengths = loop.train.store.lengths
-    length = int(np.bincount(lengths[loop.train.rows]).argmax())
-    examples = loop.train.rows[lengths[loop.train.rows] == length][:4]  # all masks of one shape
+    lengths = loop.train.lengths
+    length = int(np.bincount(lengths).argmax())
+    examples = np.flatnonzero(lengths == length)[:4]  # all masks of one shape
     assert len(examples) == 4
     first = dropout_pattern(loop, examples, 7)
     assert len(first) == 4 and 0.3 < first[0].float().mean() < 0.7
@@ -284,7 +292,10 @@ def test_the_schedule_sets_the_rate_of_each_step(data_file: Path, tmp_path: Path
 def test_under_one_per_cent_of_what_linear_layers_see_is_padding(data_file: Path, tmp_path: Path):
     loop = make_loop(data_file, tmp_path, **{"train.micro_batch_tokens": 150})
     model, rows = loop.parts.model, {}
-    for name, module in model.get_submodule("encoder").named_modules():
+    # The head sees sequences, all else sees tokens.
+    for name, module in model.named_modules():
+        if name.startswith("head"):
+            continue
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding):
 
             def count(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
@@ -294,7 +305,7 @@ def test_under_one_per_cent_of_what_linear_layers_see_is_padding(data_file: Path
     real = positions = 0
     for step, examples in enumerate(batches_of(loop)):
         result = run_step(loop.parts, loop.train, examples, step)
-        real += int(loop.train.store.lengths[examples].sum())
+        real += int(loop.train.lengths[examples].sum())
         positions += result.num_positions
         assert result.num_attention_positions >= result.num_tokens
     assert len(rows) > 12

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from hasten.training.observe import EvaluationInfo, Observer, StepInfo
 
 _PLAIN_SECONDS = 5.0
+_SHOWN = (
+    "loss",
+    "accuracy",
+    "macro_f1",
+    "perplexity",
+    "bits_per_byte",
+    "bleu",
+    "chrf",
+    "exact_match",
+    "f1",
+)
 
 
 def build_observer(*, quiet: bool) -> Observer:
@@ -128,10 +139,11 @@ def _progress(info: StepInfo) -> str:
 
 
 def _evaluation(info: EvaluationInfo) -> str:
-    shown = ("loss", "accuracy", "macro_f1")
-    values = "  ".join(f"{k} {info.metrics[k]:.4f}" for k in shown if k in info.metrics)
+    values = "  ".join(f"{k} {info.metrics[k]:.4f}" for k in _SHOWN if k in info.metrics)
     best = "  best so far" if info.is_best else ""
-    return f"{info.split} after epoch {info.epoch:.1f} (step {info.step}): {values}{best}"
+    lines = [f"{info.split} after epoch {info.epoch:.1f} (step {info.step}): {values}{best}"]
+    lines += [f"  {line}" for sample in info.samples for line in sample.split("\n")]
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

@@ -6,11 +6,16 @@ import typer
 
 from hasten.cli.console import build_observer
 from hasten.cli.settings import reading_from_flags
+from hasten.core.errors import UsageError
 
 
 def evaluate(
     run: str = typer.Argument(..., help="Run folder."),
-    data: str = typer.Argument(..., help="Labelled rows: CSV, TSV, JSONL, also .gz; - is stdin."),
+    data: list[str] = typer.Argument(
+        ...,
+        metavar="FILE [FILE]",
+        help="A file such as it was trained on, or two line-aligned ones; - is stdin.",
+    ),
     text_column: list[str] = typer.Option(None, help="Text column, name or number; repeatable."),
     label_column: str = typer.Option(None, help="Label column, name or number."),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
@@ -18,15 +23,17 @@ def evaluate(
     quiet: bool = typer.Option(False, "--quiet", help="Results only."),
     assignments: list[str] = typer.Option(None, "--set", hidden=True),
 ) -> None:
-    """Measure a trained run on a file of labelled rows."""
+    """Measure a trained run on a file of examples."""
     from hasten.cli.show import metrics_text
     from hasten.training.folder import to_json
     from hasten.training.run import load
 
     reading = reading_from_flags(assignments)
     observer = build_observer(quiet=quiet or as_json)
+    if len(data) > 2:
+        raise UsageError("one file is measured at a time, or two line-aligned ones.")
     metrics = load(run, device).evaluate(
-        data,
+        data[0] if len(data) == 1 else data,
         text_columns=text_column,
         label_column=label_column,
         observer=observer,
@@ -37,4 +44,5 @@ def evaluate(
         return
     if metrics["num_rejected"]:
         typer.echo(f"{metrics['num_read']:,} rows read, {metrics['num_rejected']:,} rejected")
-    typer.echo(metrics_text("standard input" if data == "-" else data, metrics))
+    name = "standard input" if data == ["-"] else " + ".join(data)
+    typer.echo(metrics_text(name, metrics))

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    data: str = typer.Argument(..., help="File: CSV, TSV, JSONL, also .gz; - is stdin."),
+    data: str = typer.Argument(
+        ..., metavar="FILE", help="CSV, TSV, JSONL, Parquet, text, SQuAD JSON; - is stdin."
+    ),
+    task: str = typer.Option(None, help="What it is for; guessed otherwise."),
     text_column: list[str] = typer.Option(None, help="Text column, name or number; repeatable."),
     label_column: str = typer.Option(None, help="Label column, name or number."),
     delimiter: str = typer.Option(None, help="Cell separator; detected otherwise."),
@@ -27,7 +30,10 @@ def inspect(
 ) -> None:
     """Show what a file holds: columns, classes, lengths, bad rows, duplicates."""
     from hasten.data.inspection import inspect_file
+    from hasten.task.contract import WantedColumns
+    from hasten.training.sources import choose_reading
 
+    wanted = WantedColumns(tuple(text_column) if text_column else None, label_column)
     reading = reading_from_flags(assignments, delimiter=delimiter, encoding=encoding)
 
     def look(path: str | Path, name: str | None = None) -> Inspection:
@@ -39,6 +45,7 @@ def inspect(
             text=text_column,
             label=label_column,
             display_name=name,
+            choose_task=lambda file, sample: choose_reading(file, sample, wanted, task or "auto"),
         )
 
     if data == "-":
@@ -73,7 +80,7 @@ def _next_command(
 
 def _inspection_text(found: Inspection) -> str:
     lines = [f"{found.file}: {found.format}, columns {', '.join(found.columns)}"]
-    lines += [f"  {note}" for note in (*found.notes, *found.column_reasons)]
+    lines += [f"  {note}" for note in (*found.notes, f"task: {found.task}", *found.column_reasons)]
     lines.append(
         f"rows: {found.num_rows:,} read, {found.num_used:,} usable, {found.num_rejected:,} rejected"
     )
@@ -96,10 +103,10 @@ def _inspection_text(found: Inspection) -> str:
                 f"median {lengths.median:,}, 95% at most {lengths.p95:,}"
             )
     about = "about " if found.duplicates_estimated else ""
-    lines.append(
-        f"duplicates: {about}{found.num_duplicates:,} rows repeat an earlier one; "
-        f"{about}{found.num_contradictory_texts:,} texts have several labels"
-    )
+    duplicates = f"duplicates: {about}{found.num_duplicates:,} rows repeat an earlier one"
+    if found.label_column is not None:
+        duplicates += f"; {about}{found.num_contradictory_texts:,} texts have several labels"
+    lines.append(duplicates)
     lines += [f"problem: {problem}" for problem in found.problems]
     for row in found.sample:
         shown = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in row.items())

@@ -21,13 +21,47 @@ from types import FrameType
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
-from hasten.cli import demo, evaluate, inspect, predict, train
+from hasten.cli import augment, demo, evaluate, inspect, predict, train
 from hasten.cli.console import say
 from hasten.cli.settings import show_all_keys
 from hasten.core.errors import HastenError, UsageError, nearest
 
 _KEY = re.compile(r"--(?P<key>[a-z]+\.[a-z0-9_-]+)(?:=(?P<value>.*))?", re.DOTALL | re.IGNORECASE)
+_TYPE = re.compile(r" <.+>$")
+
+
+class _Verb(TyperCommand):
+    """A command whose help has words, FILE or COLUMN, where typer writes types of Python's."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Returns what follows the command's name: RUN has to be given, [FILE] may be."""
+        return ["[OPTIONS]", *(_usage(p) for p in self.params if p.param_type_name == "argument")]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help of the arguments, then that of the options."""
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            parameters = [p for p in self.get_params(ctx) if p.param_type_name == kind]
+            rows = [(p, row) for p in parameters if (row := p.get_help_record(ctx))]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl([(_written(p, name), text) for p, (name, text) in rows])
+
+
+def _usage(argument: Any) -> str:
+    if argument.metavar:
+        return argument.metavar
+    word = argument.name.upper() + "..." * (argument.nargs != 1)
+    return word if argument.required else f"[{word}]"
+
+
+def _written(parameter: Any, name: str) -> str:
+    """Returns how a parameter is written: RUN, or --text-column COLUMN."""
+    if parameter.param_type_name == "argument":
+        return parameter.metavar or parameter.name.upper()
+    return _TYPE.sub(f" {parameter.name.rpartition('_')[2].upper()}", name)
+
 
 app = typer.Typer(
     add_completion=False,
@@ -37,11 +71,15 @@ app = typer.Typer(
     help="From a file of examples to a trained, tested, usable Transformer.",
     epilog="With any command, --debug shows the traceback of an error.",
 )
-app.command("demo", short_help="The whole way on real data that is already here.")(demo.demo)
-app.command("inspect", short_help="Show what a file holds, before any training.")(inspect.inspect)
-app.command("train", short_help="Train and test a model on a file of examples.")(train.train)
-app.command("evaluate", short_help="Measure a run on a file of labelled rows.")(evaluate.evaluate)
-app.command("predict", short_help="Label texts, or the rows of a file.")(predict.predict)
+for _name, _function, _help in (
+    ("demo", demo.demo, "The whole way on real data that is already here."),
+    ("inspect", inspect.inspect, "Show what a file holds, before any training."),
+    ("train", train.train, "Train and test a model on a file of examples."),
+    ("evaluate", evaluate.evaluate, "Measure a run on a file of examples."),
+    ("predict", predict.predict, "Use a run on texts, or on the rows of a file."),
+    ("augment", augment.augment, "Make more training pairs for a translation."),
+):
+    app.command(_name, cls=_Verb, short_help=_help)(_function)
 
 
 class Stopped(BaseException):

@@ -17,12 +17,31 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: str = typer.Argument(None, help="Training file: CSV, TSV, JSONL, also .gz; - is stdin."),
-    validation: str = typer.Option(None, help="Validation file; else a tenth is held out."),
-    test: str = typer.Option(None, help="Test file, measured once after training."),
+    data: list[str] = typer.Argument(
+        None,
+        metavar="[FILE]...",
+        help="Training file(s): CSV, TSV, JSONL, Parquet, text, SQuAD JSON; - is stdin.",
+    ),
+    validation: list[str] = typer.Option(
+        None, metavar="FILE", help="Validation file; else a tenth is held out."
+    ),
+    test: list[str] = typer.Option(
+        None, metavar="FILE", help="Test file, measured once after training."
+    ),
+    source: str = typer.Option(
+        None, help="Column to translate from; without FILE, a file of lines."
+    ),
+    target: str = typer.Option(None, help="Column to translate to; without FILE, a file of lines."),
+    validation_source: str = typer.Option(None, metavar="FILE", help="Validation: source lines."),
+    validation_target: str = typer.Option(None, metavar="FILE", help="Validation: target lines."),
+    test_source: str = typer.Option(None, metavar="FILE", help="Test: source lines."),
+    test_target: str = typer.Option(None, metavar="FILE", help="Test: target lines."),
     text_column: list[str] = typer.Option(None, help="Text column, name or number; repeatable."),
     label_column: str = typer.Option(None, help="Label column, name or number."),
-    task: str = typer.Option(None, help="What is learned: text-classification."),
+    task: str = typer.Option(
+        None,
+        help="text-classification, text-generation, translation, question-answering.",
+    ),
     preset: str = typer.Option(None, help="Named settings: tiny, small, base, article."),
     config: str = typer.Option(None, "-c", "--config", help="YAML file of settings."),
     output: str = typer.Option(None, "-o", "--output", help="Run folder [runs/<data>-<n>]."),
@@ -47,9 +66,15 @@ def train(
     """
     flags = {
         "task": task,
-        "data.train": data,
-        "data.validation": validation,
-        "data.test": test,
+        "data.train": tuple(data) if data else None,
+        "data.validation": tuple(validation) if validation else None,
+        "data.test": tuple(test) if test else None,
+        "data.source": source,
+        "data.target": target,
+        "data.validation_source": validation_source,
+        "data.validation_target": validation_target,
+        "data.test_source": test_source,
+        "data.test_target": test_target,
         "data.text_columns": tuple(text_column) if text_column else None,
         "data.label_column": label_column,
         "train.seed": seed,

@@ -27,11 +27,16 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _as_files(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 def _split_pair(value: object) -> object:
     return value if value == "auto" else _split(value)
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Files = Annotated[tuple[str, ...], BeforeValidator(_as_files)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -57,13 +62,28 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which files, which columns, and which rows may be left out."""
 
-    train: str | None = Field(
-        default=None, description="training file: CSV, TSV, JSONL, also .gz; - is stdin"
+    train: Files | None = Field(
+        default=None,
+        description="training file(s): CSV, TSV, JSONL, Parquet, text, SQuAD JSON; .gz; - is stdin",
     )
-    validation: str | None = Field(
-        default=None, description="validation file; without it, see validation_fraction"
+    validation: Files | None = Field(
+        default=None, description="validation file(s); without them, see validation_fraction"
     )
-    test: str | None = Field(default=None, description="test file, measured once after training")
+    test: Files | None = Field(
+        default=None, description="test file(s), measured once after training"
+    )
+    source: str | None = Field(
+        default=None,
+        description="column to translate from; without a training file: file of source lines",
+    )
+    target: str | None = Field(
+        default=None,
+        description="column to translate to; without a training file: file of target lines",
+    )
+    validation_source: str | None = Field(default=None, description="file of source lines")
+    validation_target: str | None = Field(default=None, description="file of target lines")
+    test_source: str | None = Field(default=None, description="file of source lines")
+    test_target: str | None = Field(default=None, description="file of target lines")
     text_columns: Names | None = Field(
         default=None, description="text column(s), by name or number"
     )
@@ -74,9 +94,17 @@ class DataConfig(Section):
     max_rejected_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="more rejected rows than this share is an error"
     )
-    segments: Literal["auto", "join", "separate"] = Field(
-        default="auto",
-        description="several text columns: joined into one text, or separate segments",
+    segments: Literal["separate", "join"] = Field(
+        default="separate",
+        description="several text columns: separate segments, or joined into one text",
+    )
+    augment: Names = Field(
+        default=("auto",),
+        description="changes to training texts, anew each epoch: none, or word_dropout, word_swap, "
+        "word_deletion, word_mask, char_noise, bpe_dropout, each with =RATE",
+    )
+    stride: Positive = Field(
+        default=128, description="question answering: tokens that windows of a context overlap"
     )
     delimiter: str | None = Field(
         default=None, description="cell separator; detected where not given"
@@ -100,13 +128,13 @@ class TokenizerConfig(Section):
     vocab_size: Positive | Auto = Field(
         default="auto", description="number of tokens; auto: from the amount of text"
     )
-    dropout: Rate | Auto = Field(
-        default="auto",
-        description="BPE-dropout: rate at which merges are skipped in training, anew each epoch",
+    shared: bool = Field(
+        default=True, description="translation: one vocabulary for source and target"
     )
     lowercase: bool = Field(default=False, description="fold case before tokenizing")
-    max_length: Positive = Field(
-        default=512, description="longer examples are cut to this many tokens, and counted"
+    max_length: Positive | Auto = Field(
+        default="auto",
+        description="longest sequence in tokens; longer ones are cut and counted, or make windows",
     )
 
 
@@ -115,6 +143,9 @@ class ModelConfig(Section):
 
     num_layers: Positive | Auto = Field(default="auto", description="number of blocks")
     hidden_size: Positive | Auto = Field(default="auto", description="width of the residual stream")
+    num_decoder_layers: Positive | None = Field(
+        default=None, description="blocks of the decoder of a translation model; as num_layers"
+    )
     num_heads: Positive | Auto = Field(default="auto", description="attention heads")
     num_kv_heads: Positive | None = Field(
         default=None, description="key/value heads (grouped-query attention)"
@@ -131,6 +162,15 @@ class ModelConfig(Section):
     )
     positions: Literal["rotary", "learned", "sinusoidal"] = Field(
         default="rotary", description="how order is encoded"
+    )
+    sliding_window: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="tokens that a token of a decoder sees, itself included; 0: all"
+    )
+    logit_softcap: NotNegative = Field(
+        default=0.0, description="bound of the scores of tokens; 0: none"
+    )
+    tie_embeddings: bool = Field(
+        default=True, description="tokens are scored by their own embeddings"
     )
     qk_norm: bool = Field(default=False, description="normalise queries and keys per head")
     bias: bool = Field(default=False, description="biases in linear layers and norms")
@@ -175,8 +215,8 @@ class TrainConfig(Section):
         default="cross_entropy", description="loss function"
     )
     focal_gamma: NotNegative = Field(default=2.0, description="focusing exponent of the focal loss")
-    label_smoothing: Rate = Field(
-        default=0.0, description="share of the target spread over all classes"
+    label_smoothing: Rate | Auto = Field(
+        default="auto", description="share of the target spread over all classes, or all tokens"
     )
     class_weights: Literal["none", "balanced"] = Field(
         default="none", description="balanced: rare classes count more"
@@ -212,8 +252,18 @@ class OptimConfig(Section):
     """Optimizer and schedule."""
 
     optimizer: Literal[
-        "adamw", "adam", "sgd", "adagrad", "adadelta", "rmsprop", "nadam", "radam", "adafactor"
-    ] = Field(default="adamw", description="optimizer")
+        "adamw",
+        "adam",
+        "sgd",
+        "adagrad",
+        "adadelta",
+        "rmsprop",
+        "nadam",
+        "radam",
+        "adafactor",
+        "muon",
+        "auto",
+    ] = Field(default="auto", description="optimizer")
     weight_decay: NotNegative | Auto = Field(
         default="auto", description="decoupled weight decay; biases and norms exempt"
     )
@@ -243,8 +293,17 @@ class EvalConfig(Section):
     """When the model is measured and on what it is judged."""
 
     per_epoch: Positive = Field(default=1, description="evaluations per epoch")
-    metric: Literal["loss", "accuracy", "macro_f1"] = Field(
-        default="accuracy", description="the best model by this validation metric is kept"
+    metric: str = Field(
+        default="auto", description="the best model by this validation metric is kept"
+    )
+    decode_examples: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="examples decoded at each evaluation; the end decodes all"
+    )
+    num_beams: Positive | Auto = Field(
+        default="auto", description="beams that the last evaluation and predict decode with"
+    )
+    length_penalty: NotNegative = Field(
+        default=1.0, description="exponent of the length that a beam's score is divided by"
     )
     patience: Annotated[int, Field(ge=0)] | Auto = Field(
         default="auto", description="evaluations without progress before stopping; 0: never"
@@ -258,8 +317,9 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    task: Literal["auto", "text-classification"] = Field(
-        default="auto", description="what is learned"
+    task: str = Field(
+        default="auto",
+        description="text-classification, text-generation, translation or question-answering",
     )
     preset: str | None = Field(default=None, description="a named set of settings")
     data: DataConfig = DataConfig()

@@ -27,19 +27,17 @@ _GROUP_OVERHEAD_PAIRS = 16384
 
 
 @dataclass(frozen=True)
-class SequenceGroup:
-    """Sequences that attention treats as one rectangular block.
+class GroupSide:
+    """One stream's part of an attention group: B sequences as one rectangle.
 
     Attributes:
-        count: number of sequences B in the group.
-        length: length L of the longest of them.
-        start: the first token of the group in the stream where the group is a plain view
-            (equal lengths, neighbours in the stream); None where it must be gathered.
+        length: length L of the longest of the sequences.
+        start: the first token in the stream where the rectangle is a plain view (equal lengths,
+            neighbours in the stream); None where it must be gathered.
         rows: (B * L,) stream row of each position, padding pointing to row 0; None for a view.
         mask: (B, 1, 1, L) bool, True at real positions; None where nothing is padded.
     """
 
-    count: int
     length: int
     start: int | None
     rows: Tensor | None
@@ -47,17 +45,38 @@ class SequenceGroup:
 
 
 @dataclass(frozen=True)
+class SequenceGroup:
+    """Sequences that attention treats as one rectangular block.
+
+    Attributes:
+        count: number of sequences B in the group.
+        queries: the sequences that ask.
+        keys: the sequences that are looked at, one for each of ``queries``; the same object
+            where a stream attends to itself.
+    """
+
+    count: int
+    queries: GroupSide
+    keys: GroupSide
+
+
+@dataclass(frozen=True)
 class GroupPlan:
     """The groups of a layout and how their outputs return to stream order.
 
     Attributes:
-        groups: the groups, whose positions are concatenated in this order.
-        restore: (N,) row of each stream token in that concatenation; None where it is the
+        groups: the groups, whose query positions are concatenated in this order.
+        restore: (N,) row of each query token in that concatenation; None where it is the
             identity.
     """
 
     groups: tuple[SequenceGroup, ...]
     restore: Tensor | None
+
+    @property
+    def num_positions(self) -> int:
+        """Query positions of all groups, padding included."""
+        return sum(group.count * group.queries.length for group in self.groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +116,8 @@ class SequenceLayout:
 
     @cached_property
     def group_plan(self) -> GroupPlan:
-        """The attention groups, computed once per batch and shared by all layers."""
-        return _plan_groups(self.lengths, self.offsets.device)
+        """The groups of attention within the stream, computed once and shared by all layers."""
+        return plan_groups(self, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +130,7 @@ class PackedBatch:
         layout: offsets (S + 1,) and host lengths of the sequences.
         example_ids: (S,) int64, which example each sequence is (or is a window of).
         token_types: (N,) int64 segments, or None where the model has none.
+        source: the stream an encoder-decoder reads, sequence for sequence; None without one.
         targets: what the task needs: (S,) labels, (N,) next tokens, (S, 2) spans; None when
             only predictions are wanted.
         num_filler: tokens of one trailing sequence without target, 0 by default.
@@ -123,6 +143,7 @@ class PackedBatch:
     layout: SequenceLayout
     example_ids: Tensor
     token_types: Tensor | None = None
+    source: PackedBatch | None = None
     targets: Tensor | None = None
     num_filler: int = 0
     weight: float = 1.0
@@ -131,6 +152,23 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """Number of tokens N, filler included."""
         return self.layout.num_tokens
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that pass through linear layers, of all streams."""
+        return len(self.token_ids) + (0 if self.source is None else self.source.num_positions)
+
+    @property
+    def num_attention_positions(self) -> int:
+        """Query positions within attention groups, of all streams, padding included."""
+        others = 0 if self.source is None else self.source.num_attention_positions
+        return self.layout.group_plan.num_positions + others
+
+    @cached_property
+    def source_plan(self) -> GroupPlan:
+        """The groups in which this stream's sequences look at their source."""
+        assert self.source is not None
+        return plan_groups(self.layout, self.source.layout)
 
     @property
     def num_sequences(self) -> int:
@@ -150,6 +188,7 @@ class PackedBatch:
             layout=SequenceLayout(self.layout.offsets.to(device), self.layout.lengths),
             example_ids=self.example_ids.to(device, non_blocking=True),
             token_types=move(self.token_types),
+            source=None if self.source is None else self.source.to(device),
             targets=move(self.targets),
         )
 
@@ -191,48 +230,65 @@ def pack_padded(input_ids: Tensor, mask: Tensor | None = None) -> PackedBatch:
     )
 
 
-def _plan_groups(lengths: tuple[int, ...], device: torch.device) -> GroupPlan:
-    """Forms groups of like length; see ``_GROUP_OVERHEAD_PAIRS`` for the trade."""
-    sizes = np.asarray(lengths, dtype=np.int64)
-    starts = np.cumsum(sizes) - sizes
-    order = np.argsort(sizes, kind="stable")
+def plan_groups(queries: SequenceLayout, keys: SequenceLayout) -> GroupPlan:
+    """Forms groups of like lengths; see ``_GROUP_OVERHEAD_PAIRS`` for the trade.
+
+    Args:
+        queries: the stream that asks.
+        keys: the stream that is looked at, sequence for sequence; may be the same.
+    """
+    assert len(queries.lengths) == len(keys.lengths)
+    device = queries.offsets.device
+    asking = np.asarray(queries.lengths, dtype=np.int64)
+    looked_at = np.asarray(keys.lengths, dtype=np.int64)
+    starts = np.cumsum(asking) - asking
     groups: list[SequenceGroup] = []
-    restore = np.empty(int(sizes.sum()), dtype=np.int64)
+    restore = np.empty(int(asking.sum()), dtype=np.int64)
     base = 0
-    for members in _like_lengths(sizes, order):
-        length = int(sizes[members[-1]])
+    for members in _like_lengths(asking, looked_at):
+        length = int(asking[members].max())
         positions = np.arange(length)
-        real = positions[None, :] < sizes[members][:, None]
-        rows = starts[members][:, None] + positions[None, :]
-        restore[rows[real]] = base + np.flatnonzero(real)
+        real = positions[None, :] < asking[members][:, None]
+        restore[(starts[members][:, None] + positions[None, :])[real]] = base + np.flatnonzero(real)
         base += len(members) * length
-        is_view = bool(real.all()) and bool((np.diff(starts[members]) == length).all())
-        groups.append(
-            SequenceGroup(
-                count=len(members),
-                length=length,
-                start=int(starts[members[0]]) if is_view else None,
-                rows=None if is_view else _tensor(np.where(real, rows, 0).reshape(-1), device),
-                mask=None if bool(real.all()) else _tensor(real[:, None, None, :], device),
-            )
-        )
+        side = _group_side(asking, members, device)
+        other = side if keys is queries else _group_side(looked_at, members, device)
+        groups.append(SequenceGroup(len(members), side, other))
     identity = base == len(restore) and bool((restore == np.arange(base)).all())
     return GroupPlan(tuple(groups), None if identity else _tensor(restore, device))
 
 
-def _like_lengths(sizes: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
-    """Cuts ``order`` (by length) where another group costs less than more padding."""
-    distinct, first = np.unique(sizes[order], return_index=True)
-    bounds = [*first.tolist(), len(order)]
+def _group_side(sizes: np.ndarray, members: np.ndarray, device: torch.device) -> GroupSide:
+    starts = (np.cumsum(sizes) - sizes)[members]
+    length = int(sizes[members].max())
+    positions = np.arange(length)
+    real = positions[None, :] < sizes[members][:, None]
+    is_whole = bool(real.all())
+    is_view = is_whole and bool((np.diff(starts) == length).all())
+    rows = np.where(real, starts[:, None] + positions[None, :], 0).reshape(-1)
+    return GroupSide(
+        length=length,
+        start=int(starts[0]) if is_view else None,
+        rows=None if is_view else _tensor(rows, device),
+        mask=None if is_whole else _tensor(real[:, None, None, :], device),
+    )
+
+
+def _like_lengths(asking: np.ndarray, looked_at: np.ndarray) -> list[np.ndarray]:
+    """Cuts the sequences, by length, where another group costs less than more padding."""
+    order = np.lexsort((looked_at, asking))  # stable: equal lengths keep the stream's order
+    pairs = np.stack([asking[order], looked_at[order]])
+    first = np.flatnonzero(np.r_[True, (np.diff(pairs) != 0).any(0)]).tolist()
+    bounds = [*first, len(order)]
     cuts = [0]
-    exact = 0  # query-key pairs of the open group without padding
-    for i, length in enumerate(distinct.tolist()):
-        added = (bounds[i + 1] - bounds[i]) * length * length
-        padded = (bounds[i + 1] - cuts[-1]) * length * length
+    exact = widest = 0  # query-key pairs of the open group without padding; its longest keys
+    for i, (rows, columns) in enumerate(pairs[:, first].T.tolist()):
+        added = (bounds[i + 1] - bounds[i]) * rows * columns
+        padded = (bounds[i + 1] - cuts[-1]) * rows * max(widest, columns)
         if bounds[i] > cuts[-1] and padded - exact - added > _GROUP_OVERHEAD_PAIRS:
             cuts.append(bounds[i])
-            exact = 0
-        exact += added
+            exact = widest = 0
+        exact, widest = exact + added, max(widest, columns)
     return [order[a:b] for a, b in zip(cuts, [*cuts[1:], len(order)], strict=True)]
 
 

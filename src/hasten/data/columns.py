@@ -279,6 +279,18 @@ def choose_text_columns(
     return tuple(columns[i] for i in positions), tuple(reasons)
 
 
+def is_label_name(name: str) -> bool:
+    """Returns whether a column of this name is the label, whatever it holds."""
+    words = [word for word in name_words(name) if not word.isdigit()]
+    return "".join(words) in STRONG_LABEL_NAMES
+
+
+def free_text_columns(sample: Sequence[Row], columns: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the columns that hold text of many values, in their order."""
+    profiles = (_profile(name, [row.cells[i] for row in sample]) for i, name in enumerate(columns))
+    return tuple(p.name for p in profiles if p.may_be_text and not p.few_valued)
+
+
 def check_label_values(
     counts: Mapping[str, int], column: str, num_rows: int, *, file: str | None = None
 ) -> None:

@@ -1,7 +1,7 @@
-"""A file's usable rows on disk, memory-mapped: texts, labels, and where each came from.
+"""The usable rows of files on disk, memory-mapped: texts, labels, and where each came from.
 
-    RowFile --one pass--> text.bin     UTF-8 of all text cells
-                          bounds.npy   (R * k + 1,) int64: R rows of k text columns each
+    RowFile --Reading, one pass--> text.bin     UTF-8 of all texts
+                          bounds.npy   (R * k + 1,) int64: R rows of k texts each
                           labels.npy   (R,) int32 numbers into ``label_names``; -1 without label
                           lines.npy    (R,) int64 line of each row
                           hashes.npy   (R,) uint64 of each row's text
@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,38 +26,64 @@ import numpy as np
 
 from hasten.core.errors import DataError
 from hasten.data.cache import cached, content_key
-from hasten.data.columns import CellError, label_of, resolve_columns, texts_of
-from hasten.data.rows import Rejected, RowFile
+from hasten.data.columns import CellError, label_of, resolve_columns
+from hasten.data.rows import Cell, Rejected, RowFile
 
-_FORMAT = 1
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which cells of a row are read and how they become texts, as a task wants it.
+
+    Attributes:
+        task: the task's name.
+        form: which of the task's ways of reading this is; part of the cache's key.
+        columns: names or numbers of the columns that are read.
+        label: name or number of the label column; None where there is none.
+        read_row: the cells of ``columns`` -> the texts of a row, of the same number in every row;
+            raises ``CellError`` with the reason why a row cannot be used.
+        is_continuous: whether the rows are one text cut into pieces.
+    """
+
+    task: str
+    form: str
+    columns: tuple[str, ...]
+    label: str | None
+    read_row: Callable[[Sequence[Cell]], tuple[str, ...]]
+    is_continuous: bool = False
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The used rows of one file.
+    """The used rows of one file, or of several read one after the other.
 
     Attributes:
         name: how messages call the file.
         key: hash of the content and of the columns read from it.
-        text_columns: names of the k text columns.
+        columns: names of the columns that were read.
+        num_texts: texts k of each row.
         label_column: name of the label column, or None.
         label_names: labels in order of first appearance.
-        labels: (R,) int32 numbers into ``label_names``.
-        lines: (R,) int64 line of each row in the file.
+        labels: (R,) int32 numbers into ``label_names``; -1 without label.
+        lines: (R,) int64 line of each row in its file.
         hashes: (R,) uint64 hash of each row's text.
         rejected: the rows not used.
+        files: name of each file and the number of its first row.
         folder: where the arrays lie.
     """
 
     name: str
     key: str
-    text_columns: tuple[str, ...]
+    columns: tuple[str, ...]
+    num_texts: int
     label_column: str | None
     label_names: tuple[str, ...]
     labels: np.ndarray
     lines: np.ndarray
     hashes: np.ndarray
     rejected: tuple[Rejected, ...]
+    files: tuple[tuple[str, int], ...]
     folder: Path
 
     def __len__(self) -> int:
@@ -72,7 +98,7 @@ class Corpus:
     def texts(self, rows: np.ndarray | None = None) -> Iterator[tuple[str, ...]]:
         """Yields the text cells of each row, or of the rows with the given numbers."""
         bounds = np.load(self.folder / "bounds.npy", mmap_mode="r")
-        size, k = (self.folder / "text.bin").stat().st_size, len(self.text_columns)
+        size, k = (self.folder / "text.bin").stat().st_size, self.num_texts
         blob = np.memmap(self.folder / "text.bin", mode="r") if size else np.empty(0, np.uint8)
         for row in range(len(self)) if rows is None else rows.tolist():
             cuts = bounds[row * k : row * k + k + 1].tolist()
@@ -83,6 +109,24 @@ class Corpus:
         """Bytes of text in all used rows, which for most scripts is near their characters."""
         return (self.folder / "text.bin").stat().st_size
 
+    def num_bytes(self, rows: np.ndarray) -> np.ndarray:
+        """Returns (rows, k), the bytes of each text of the given rows."""
+        bounds = np.load(self.folder / "bounds.npy", mmap_mode="r")
+        first = rows[:, None] * self.num_texts + np.arange(self.num_texts)
+        return bounds[first + 1] - bounds[first]
+
+    @property
+    def first_rejected(self) -> str:
+        """Where the first row that is not used stands, and why it is not."""
+        entry = self.rejected[0]
+        of_file = f"{entry.file} " if len(self.files) > 1 else ""
+        return f"{of_file}line {entry.line}: {entry.reason}"
+
+    def place(self, row: int) -> tuple[str, int]:
+        """Returns where a row stands: its file and line."""
+        name = next(name for name, first in reversed(self.files) if first <= row)
+        return name, int(self.lines[row])
+
     def class_counts(self) -> dict[str, int]:
         """Returns the number of rows of each label, most frequent first."""
         counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.label_names))
@@ -90,29 +134,34 @@ class Corpus:
         return dict(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
 
 
-def open_corpus(file: RowFile, text_columns: tuple[str, ...], label_column: str | None) -> Corpus:
-    """Returns the corpus of a file, from the cache where its content was seen before.
+def open_corpus(files: Sequence[RowFile], reading: Reading) -> Corpus:
+    """Returns the corpus of some files, from the cache where their content was seen before.
 
     Args:
-        file: an opened file.
-        text_columns: names or numbers of the text columns.
-        label_column: name or number of the label column; None where there is none.
+        files: opened files, read one after the other.
+        reading: which columns are read, and how.
 
     Raises:
-        DataError: the file cannot be read to its end.
+        DataError: a file cannot be read to its end.
+        UsageError: a file lacks a column.
     """
-    wanted = (*text_columns, *(() if label_column is None else (label_column,)))
-    indices = resolve_columns(file.columns, wanted)
+    wanted = (*reading.columns, *(() if reading.label is None else (reading.label,)))
+    indices = [resolve_columns(file.columns, wanted) for file in files]
     key = content_key(
         format=_FORMAT,
-        content=file.fingerprint(),
-        # The notes tell everything that was detected or asked for, the encoding among it.
-        reading=[file.format, file.delimiter, file.has_header, *file.columns, *file.notes],
-        columns=list(indices),
-        labelled=label_column is not None,
+        reading=[reading.task, reading.form, reading.label is not None],
+        files=[
+            [
+                file.fingerprint(),
+                # The notes tell everything that was detected or asked for, the encoding too.
+                [file.format, file.delimiter, file.has_header, *file.columns, *file.notes],
+                list(found),
+            ]
+            for file, found in zip(files, indices, strict=True)
+        ],
     )
-    folder = cached("rows", key, lambda target: _build(file, indices, label_column, target))
-    return _load(folder, file.display_name, key)
+    folder = cached("rows", key, lambda target: _build(files, indices, reading, target))
+    return _load(folder, [file.display_name for file in files], key)
 
 
 def check_rejected(corpus: Corpus, max_fraction: float) -> None:
@@ -126,9 +175,7 @@ def check_rejected(corpus: Corpus, max_fraction: float) -> None:
         or len(corpus) == 0
         or (len(corpus.rejected) > max_fraction * corpus.num_read)
     ):
-        first = f" The first: line {corpus.rejected[0].line}: {corpus.rejected[0].reason}." * bool(
-            corpus.rejected
-        )
+        first = f" The first: {corpus.first_rejected}." if corpus.rejected else ""
         raise DataError(
             f"{corpus.name}: {len(corpus.rejected):,} of {corpus.num_read:,} rows cannot be used, "
             f"more than the {max_fraction:.0%} allowed (--data.max_rejected_fraction).{first}"
@@ -139,14 +186,14 @@ def held_out_rows(corpus: Corpus, fraction: float) -> np.ndarray:
     """Chooses the same rows on every machine: the lowest hashes of each class.
 
     Args:
-        corpus: labelled rows.
+        corpus: rows, all with labels or all without.
         fraction: share of each class's texts, rounded; rows of equal text stay together, and a
             text under several labels counts for the rarest of them.
 
     Returns:
         (R,) bool, True where the row is held out. A class keeps at least one row to train on.
     """
-    labels, names = np.asarray(corpus.labels), corpus.label_names
+    labels, names = np.maximum(corpus.labels, 0), corpus.label_names or ("",)
     counts = np.bincount(labels, minlength=len(names))
     rank = np.empty(len(names), dtype=np.int64)
     rank[sorted(range(len(names)), key=lambda i: (counts[i], names[i]))] = range(len(names))
@@ -165,33 +212,54 @@ def held_out_rows(corpus: Corpus, fraction: float) -> np.ndarray:
     return held[text_of_row]
 
 
-def _build(file: RowFile, indices: tuple[int, ...], label_column: str | None, folder: Path) -> None:
-    """Parses the file once and writes the arrays; see the module's picture."""
-    text_indices = indices if label_column is None else indices[:-1]
+def held_out_tail(corpus: Corpus, fraction: float) -> np.ndarray:
+    """Holds out the end of one continuous text.
+
+    Returns:
+        (R,) bool, True for the last rows, about ``fraction`` of the text's bytes; at least one
+        row is left to train on.
+    """
+    size = corpus.num_bytes(np.arange(len(corpus))).sum(1)
+    before = np.cumsum(size) - size
+    held = before >= (1 - fraction) * size.sum()
+    held[0] = False
+    return held
+
+
+def _build(
+    files: Sequence[RowFile], indices: list[tuple[int, ...]], reading: Reading, folder: Path
+) -> None:
+    """Parses the files once and writes the arrays; see the module's picture."""
+    num_columns = len(reading.columns)
     bounds, labels, lines, hashes = array("q", [0]), array("i"), array("q"), array("Q")
     label_ids: dict[str, int] = {}
-    rejected: list[tuple[int, str]] = []
+    rejected: list[tuple[int, int, str]] = []
+    firsts: list[int] = []
     with (folder / "text.bin").open("wb") as blob:
-        for row in file:
-            if isinstance(row, Rejected):
-                rejected.append((row.line, row.reason))
-                continue
-            try:
-                cells = [text.encode() for text in texts_of(row.cells, text_indices)]
-                label = None if label_column is None else label_of(row.cells[indices[-1]])
-            except UnicodeEncodeError:
-                rejected.append((row.line, "the text holds half of a surrogate pair"))
-                continue
-            except CellError as error:
-                rejected.append((row.line, str(error)))
-                continue
-            digest = hashlib.blake2b(digest_size=8)
-            for cell in cells:
-                digest.update(cell + b"\x00")
-                bounds.append(bounds[-1] + blob.write(cell))
-            labels.append(-1 if label is None else label_ids.setdefault(label, len(label_ids)))
-            lines.append(row.line)
-            hashes.append(int.from_bytes(digest.digest(), "little"))
+        for number, (file, at) in enumerate(zip(files, indices, strict=True)):
+            firsts.append(len(lines))
+            for row in file:
+                if isinstance(row, Rejected):
+                    rejected.append((number, row.line, row.reason))
+                    continue
+                try:
+                    cells = [row.cells[i] for i in at]
+                    texts = [text.encode() for text in reading.read_row(cells[:num_columns])]
+                    label = None if reading.label is None else label_of(cells[-1])
+                except UnicodeEncodeError:
+                    reason = "the text holds half of a surrogate pair"
+                    rejected.append((number, row.line, reason))
+                    continue
+                except CellError as error:
+                    rejected.append((number, row.line, str(error)))
+                    continue
+                digest = hashlib.blake2b(digest_size=8)
+                for text in texts:
+                    digest.update(text + b"\x00")
+                    bounds.append(bounds[-1] + blob.write(text))
+                labels.append(-1 if label is None else label_ids.setdefault(label, len(label_ids)))
+                lines.append(row.line)
+                hashes.append(int.from_bytes(digest.digest(), "little"))
     for name, values, dtype in (
         ("bounds", bounds, np.int64),
         ("labels", labels, np.int32),
@@ -199,26 +267,32 @@ def _build(file: RowFile, indices: tuple[int, ...], label_column: str | None, fo
         ("hashes", hashes, np.uint64),
     ):
         np.save(folder / f"{name}.npy", np.frombuffer(values, dtype=dtype))
+    named = [files[0].columns[i] for i in indices[0]]
     meta: dict[str, Any] = {
-        "text_columns": [file.columns[i] for i in text_indices],
-        "label_column": None if label_column is None else file.columns[indices[-1]],
+        "columns": named[:num_columns],
+        "num_texts": (len(bounds) - 1) // max(1, len(lines)),
+        "label_column": None if reading.label is None else named[-1],
         "label_names": list(label_ids),
         "rejected": rejected,
+        "firsts": firsts,
     }
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
-def _load(folder: Path, name: str, key: str) -> Corpus:
+def _load(folder: Path, names: list[str], key: str) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return Corpus(
-        name=name,
+        name=names[0] + more,
         key=key,
-        text_columns=tuple(meta["text_columns"]),
+        columns=tuple(meta["columns"]),
+        num_texts=meta["num_texts"],
         label_column=meta["label_column"],
         label_names=tuple(meta["label_names"]),
         labels=np.load(folder / "labels.npy", mmap_mode="r"),
         lines=np.load(folder / "lines.npy", mmap_mode="r"),
         hashes=np.load(folder / "hashes.npy", mmap_mode="r"),
-        rejected=tuple(Rejected(name, line, reason) for line, reason in meta["rejected"]),
+        rejected=tuple(Rejected(names[i], line, reason) for i, line, reason in meta["rejected"]),
+        files=tuple(zip(names, meta["firsts"], strict=True)),
         folder=folder,
     )

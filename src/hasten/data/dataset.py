@@ -58,7 +58,7 @@ class TextDataset(Dataset[Example]):
     """Labelled texts of one file, encoded and held in memory.
 
     Args:
-        path: CSV, TSV or JSON lines, also .gz; or a file opened with ``open_rows``, where
+        path: CSV, TSV, JSON lines, JSON or Parquet; or a file opened with ``open_rows``, where
             delimiter, header or encoding are not to be detected.
         like: the training set, whose columns, tokenizer, labels and length limit this one takes.
         text_columns: names or numbers of the text columns, whose texts are joined; guessed from

@@ -69,20 +69,22 @@ FORMATS = {
     ".tab": "tsv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
+    ".txt": "text",
+    ".text": "text",
+    ".parquet": "parquet",
 }
-FORMATS_READ = ".csv, .tsv and .jsonl, each also with .gz"
-_UNREAD_SUFFIXES = {
-    ".txt": "plain text files are not examples with labels",
-    ".parquet": "Parquet is not read; convert it to CSV or JSON lines",
-}
+FORMATS_READ = ".csv, .tsv, .jsonl, .json and .txt, each also with .gz, and .parquet"
+# Of a file whose name says nothing, this share of the rows must have the same number of cells.
+_TABLE_SHARE = 0.9
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d+)*|\.\d+)([eE][+-]?\d+)?%?")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]")
 _MAGIC = (
     (b"PK\x03\x04", "a ZIP archive or an Excel workbook: unpack it, or save the sheet as CSV"),
     (b"\xd0\xcf\x11\xe0", "an old Excel or Word document: save it as CSV"),
     (b"%PDF-", "a PDF document"),
-    (b"PAR1", "a Parquet file: convert it to CSV or JSON lines"),
-    (b"ARROW1", "an Arrow file: convert it to CSV or JSON lines"),
+    (b"PARE", "an encrypted Parquet file: write it again without encryption"),
+    (b"ARROW1", "an Arrow file: convert it to Parquet or JSON lines"),
     (b"SQLite format 3", "an SQLite database: export the table as CSV"),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -201,8 +203,7 @@ def refuse_binary(head: bytes, encoding: str, name: str) -> None:
             f"{name}: looks like UTF-16 without a byte order mark; pass --data.encoding {order}."
         )
     raise DataError(
-        f"{name}: is not text (a NUL byte at offset {position}); hasten reads CSV, TSV and JSON "
-        "lines, plain or .gz."
+        f"{name}: is not text (a NUL byte at offset {position}); hasten reads {FORMATS_READ}."
     )
 
 
@@ -211,34 +212,42 @@ def base_suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
-def detect_format(path: Path, name: str, head: bytes, encoding: str) -> tuple[str, list[str]]:
-    """Returns csv, tsv or jsonl, by the name if it says so, else by the content; and notes.
+def detect_format(
+    path: Path, head: Sample, *, delimiter: str | None, header: bool | None
+) -> tuple[str, list[str]]:
+    """Returns the format, one of the values of ``FORMATS``, by name or by content; and notes.
 
     Args:
         path: the file.
-        name: how messages call it.
-        head: its first bytes, decompressed.
-        encoding: how they become text.
-
-    Raises:
-        DataError: the name or the content says that it is something else.
+        head: its beginning.
+        delimiter: what the person asked for, if anything; it makes a table of a text file.
+        header: likewise.
     """
-    suffix = base_suffix(path)
-    if suffix in FORMATS:
-        return FORMATS[suffix], []
-    if suffix in _UNREAD_SUFFIXES:
-        raise DataError(f"{name}: {_UNREAD_SUFFIXES[suffix]}; hasten reads {FORMATS_READ}.")
-    start = head.decode(encoding, errors="replace").lstrip("\ufeff \t\r\n")
-    if start.startswith("{"):
-        return "jsonl", ["format JSON lines (the first line starts with '{')"]
-    if start.startswith("[") and start[1:].lstrip()[:1] in ("{", "]"):
-        raise DataError(
-            f"{name}: is one JSON array; write one object a line instead, for example with: "
-            f"jq -c '.[]' {path.name} > {path.stem}.jsonl"
-        )
+    by_name = FORMATS.get(base_suffix(path))
+    is_asked = delimiter is not None or header is not None
+    if by_name is not None and not (by_name == "text" and is_asked):
+        return by_name, []
+    start = head.text.lstrip("\ufeff \t\r\n")
+    if by_name is None and re.match(r"\{|\[\s*\{", start):
+        return "json", [f"format JSON (the first line starts with '{start[0]}')"]
     first_line = start.split("\n", 1)[0]
     guess = "tsv" if "\t" in first_line and "," not in first_line else "csv"
-    return guess, [f"format {guess.upper()} (by the content)"]
+    if is_asked:
+        reason = "a delimiter" if delimiter is not None else "whether there is a header"
+        return guess, [f"format {guess.upper()} ({reason} was given)"]
+    if _is_table(head):
+        return guess, [f"format {guess.upper()} (by the content)"]
+    return "text", ["format plain text (by the content: no delimiter divides the lines alike)"]
+
+
+def _is_table(head: Sample) -> bool:
+    """Says whether a delimiter divides nearly all lines into the same number of cells."""
+    if not head.complete:  # the last line is cut off
+        head = Sample(head.text[: head.text.rfind("\n") + 1], complete=False)
+    trials = [_best_quoting(head, delimiter)[1] for delimiter in _DELIMITERS]
+    return any(
+        trial.width > 1 and trial.share >= _TABLE_SHARE and len(trial.rows) > 1 for trial in trials
+    )
 
 
 def detect_dialect(

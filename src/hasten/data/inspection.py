@@ -5,7 +5,7 @@
                    counts of labels and reasons, histograms of lengths, 64-bit hashes of rows
 
 One pass in bounded memory: only counts and hashes are kept, never the rows. A file that cannot be
-used for classification is described all the same; what stands in the way is listed as problems.
+used is described all the same; what stands in the way is listed as problems.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import itertools
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from hasten.data.columns import (
     resolve_columns,
     texts_of,
 )
+from hasten.data.corpus import Reading
 from hasten.data.rows import Cell, Rejected, Row, RowFile, open_rows
 
 SAMPLE_ROWS = 1000
@@ -72,7 +74,8 @@ class Inspection:
 
     Attributes:
         file: how the file is called.
-        format: ``csv``, ``tsv`` or ``jsonl``.
+        task: what it would be used for.
+        format: csv, tsv, jsonl, json, squad, parquet, text or aligned.
         notes: what was detected of its form, with reasons.
         columns: the columns' names.
         text_columns: the chosen text columns; empty if none was found.
@@ -97,6 +100,7 @@ class Inspection:
     """
 
     file: str
+    task: str
     format: str
     notes: tuple[str, ...]
     columns: tuple[str, ...]
@@ -129,6 +133,23 @@ class Inspection:
             "classes": dict(self.classes),
             "small_classes": dict(self.small_classes),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenReading:
+    """How a task would read a file.
+
+    Attributes:
+        reading: which columns, and how.
+        reasons: one line a column.
+    """
+
+    reading: Reading
+    reasons: tuple[str, ...]
+
+
+TaskChooser = Callable[[RowFile, Sequence[Row]], ChosenReading]
+"""From a file and its first rows to how it is read."""
 
 
 class _Histogram:
@@ -240,6 +261,10 @@ class _Tally:
     repeats: _Repeats = field(default_factory=_Repeats)
     sample: list[Row] = field(default_factory=list)
 
+    @property
+    def num_rows(self) -> int:
+        return self.num_used + self.num_rejected
+
     def reject(self, line: int, reason: str) -> None:
         self.num_rejected += 1
         # What stands in brackets differs from row to row: places, values.
@@ -294,6 +319,7 @@ def inspect_file(
     text: Sequence[str] | None = None,
     label: str | None = None,
     display_name: str | None = None,
+    choose_task: TaskChooser | None = None,
 ) -> Inspection:
     """Reads a file once and says what it holds.
 
@@ -306,6 +332,7 @@ def inspect_file(
         text: the text columns, by name or number; guessed by default.
         label: the label column, by name or number; guessed by default.
         display_name: see ``path``.
+        choose_task: says what the file is for, from its first rows; classification by default.
 
     Raises:
         DataError: the file cannot be read; not that it cannot be learned from.
@@ -317,28 +344,31 @@ def inspect_file(
         path, delimiter=delimiter, header=header, encoding=encoding, display_name=display_name
     )
     problems: list[str] = []
-    text_columns, label_column, reasons = _choose(rows, text, label, problems)
-    tally = _count(
-        rows,
-        resolve_columns(rows.columns, text_columns),
-        resolve_columns(rows.columns, [label_column])[0] if label_column is not None else None,
-    )
+    sample = list(itertools.islice(_only_rows(rows), SAMPLE_ROWS))
+    chosen = None if choose_task is None or not sample else choose_task(rows, sample)
+    if chosen is None or chosen.reading.label is not None:
+        text_columns, label_column, reasons = _choose(rows, sample, text, label, problems)
+        read_row = partial(texts_of, positions=range(len(text_columns)))
+    else:
+        text_columns, label_column = chosen.reading.columns, None
+        reasons, read_row = chosen.reasons, chosen.reading.read_row
+    tally = _count(rows, text_columns, read_row, label_column)
     counts = dict(zip(tally.label_ids, tally.label_counts, strict=True))
     problems += _problems(rows, tally, counts, label_column)
-    num_rows = tally.num_used + tally.num_rejected
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     small = [item for item in reversed(ranked) if item[1] < FEW_EXAMPLES]
     num_duplicates, num_contradictory = tally.repeats.count()
     seconds = time.perf_counter() - started
     return Inspection(
         file=rows.display_name,
+        task="text-classification" if chosen is None else chosen.reading.task,
         format=rows.format,
         notes=rows.notes,
         columns=rows.columns,
         text_columns=text_columns,
         label_column=label_column,
         column_reasons=reasons,
-        num_rows=num_rows,
+        num_rows=tally.num_rows,
         num_used=tally.num_used,
         num_rejected=tally.num_rejected,
         rejected_reasons=tuple(Reason(r, n, line) for r, (n, line) in tally.reasons.items()),
@@ -356,15 +386,18 @@ def inspect_file(
         sample=tuple(_shown(row, rows.columns) for row in tally.sample),
         problems=tuple(problems),
         seconds=seconds,
-        rows_per_second=num_rows / seconds,
+        rows_per_second=tally.num_rows / seconds,
     )
 
 
 def _choose(
-    rows: RowFile, text: Sequence[str] | None, label: str | None, problems: list[str]
+    rows: RowFile,
+    sample: Sequence[Row],
+    text: Sequence[str] | None,
+    label: str | None,
+    problems: list[str],
 ) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
-    """Chooses the columns; what cannot be chosen becomes a problem."""
-    sample = list(itertools.islice(_only_rows(rows), SAMPLE_ROWS))
+    """Chooses the columns of a classifier; what cannot be chosen becomes a problem."""
     if not sample:
         return (), None, ()
     try:
@@ -389,8 +422,15 @@ def _only_rows(rows: RowFile) -> Iterator[Row]:
     return (item for item in rows if isinstance(item, Row))
 
 
-def _count(rows: RowFile, text_at: Sequence[int], label_at: int | None) -> _Tally:
+def _count(
+    rows: RowFile,
+    text_columns: Sequence[str],
+    read_row: Callable[[Sequence[Cell]], tuple[str, ...]],
+    label_column: str | None,
+) -> _Tally:
     """Passes over the file once."""
+    text_at = resolve_columns(rows.columns, text_columns)
+    label_at = None if label_column is None else resolve_columns(rows.columns, [label_column])[0]
     tally = _Tally()
     texts: tuple[str, ...] = ()
     number = 0
@@ -400,7 +440,7 @@ def _count(rows: RowFile, text_at: Sequence[int], label_at: int | None) -> _Tall
             continue
         try:
             if text_at:
-                texts = texts_of(item.cells, text_at)
+                texts = read_row([item.cells[i] for i in text_at])
             if label_at is not None:
                 number = tally.label_id(label_of(item.cells[label_at]))
         except CellError as error:
@@ -415,7 +455,7 @@ def _problems(
 ) -> list[str]:
     """Lists what stands in the way of training, after the whole file was read."""
     problems: list[str] = []
-    num_rows = tally.num_used + tally.num_rejected
+    num_rows = tally.num_rows
     if tally.num_rejected * 10 > num_rows:
         reason, (count, line) = max(tally.reasons.items(), key=lambda item: item[1][0])
         problems.append(

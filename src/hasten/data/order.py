@@ -39,6 +39,7 @@ def plan_epoch(lengths: np.ndarray, *, seed: int, epoch: int, num_batches: int) 
     Returns:
         ``num_batches`` arrays of example numbers, none empty; each example is in exactly one.
     """
+    assert 1 <= num_batches <= len(lengths)
     draw = np.random.default_rng(derive_seed("order", seed, epoch))
     order = draw.permutation(len(lengths))
     quota = int(lengths.sum()) / num_batches

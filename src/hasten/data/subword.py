@@ -12,9 +12,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -22,7 +24,14 @@ from tokenizers import Tokenizer
 from hasten.core.errors import UsageError
 from hasten.core.seeds import derive_seed
 from hasten.data.corpus import Corpus
-from hasten.data.tokens import EncodingFormat, TokenStore, join_segments, special_ids
+from hasten.data.tokenizer import unknown_id
+from hasten.data.tokens import (
+    EncodedText,
+    EncodingFormat,
+    SpecialIds,
+    TokenStore,
+    join_segments,
+)
 
 Merges = dict[tuple[int, int], tuple[int, int]]
 
@@ -65,24 +74,22 @@ class SubwordDropout:
     """Draws the tokens of each epoch anew.
 
     Attributes:
-        rows: (E,) rows of the corpus that are drawn; others get no tokens.
-        num_rows: rows R of the corpus.
+        corpus: the rows.
+        rows: (E,) rows of the corpus that are drawn, in ascending order; others get no tokens.
+        tokenizer: a plain BPE.
         form: how a row's cells become one sequence.
         rate: probability of skipping a merge.
         seed: of the run.
-        dtype: of the stored ids.
     """
 
+    corpus: Corpus
     rows: np.ndarray
-    num_rows: int
+    tokenizer: Tokenizer
     form: EncodingFormat
     rate: float
     seed: int
-    dtype: np.dtype
-    _words: list[tuple[int, ...]] = field(repr=False)
-    _cells: list[list[array]] = field(repr=False)
-    _merges: Merges = field(repr=False)
-    _special: tuple[list[int], list[int], int] = field(repr=False)
+    _words: Words = field(repr=False)
+    _special: SpecialIds = field(repr=False)
 
     @classmethod
     def build(
@@ -95,60 +102,108 @@ class SubwordDropout:
         rate: float,
         seed: int,
     ) -> SubwordDropout:
-        """Cuts every row into words once.
+        """Reads the tokenizer's merges.
 
         Raises:
             UsageError: the tokenizer is not a plain BPE.
         """
-        if not supports_dropout(tokenizer):
-            raise UsageError("tokenizer.dropout needs a bpe tokenizer; set it to 0.")
-        model = json.loads(tokenizer.to_str())["model"]
-        vocab: dict[str, int] = model["vocab"]
-        pairs = (m if isinstance(m, list) else m.split(" ") for m in model["merges"])
-        merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
-        unknown = special_ids(tokenizer, form)[2]
-        numbers: dict[str, int] = {}
-        words: list[tuple[int, ...]] = []
-        cells: list[list[array]] = []
-        for row in corpus.texts(rows):
-            numbered = [array("l") for _ in row]
-            for text, into in zip(row, numbered, strict=True):
-                for word in _words_of(tokenizer, text):
-                    number = numbers.setdefault(word, len(words))
-                    if number == len(words):
-                        words.append(tuple(vocab.get(c, unknown) for c in word))
-                    into.append(number)
-            cells.append(numbered)
-        dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
-        special = special_ids(tokenizer, form)
-        return cls(rows, len(corpus), form, rate, seed, dtype, words, cells, merges, special)
+        words, special = Words(tokenizer), SpecialIds.of(tokenizer, form)
+        return cls(corpus, rows, tokenizer, form, rate, seed, words, special)
+
+    @cached_property
+    def _numbered(self) -> list[list[array]]:
+        """Every row cut into words once: the words' numbers, cell by cell."""
+        numbered = self._words.numbers
+        return [
+            [array("l", numbered(text)) for text in self.form.take(row)]
+            for row in self.corpus.texts(self.rows)
+        ]
 
     def store(self, epoch: int) -> TokenStore:
         """Returns the tokens of an epoch: a pure function of (seed, epoch, row)."""
         ids, types = array("l"), array("b")
-        lengths = np.zeros(self.num_rows, dtype=np.int64)
+        lengths = np.zeros(len(self.corpus), dtype=np.int64)
         num_cut = 0
-        for row, cells in zip(self.rows.tolist(), self._cells, strict=True):
-            draw = random.Random(derive_seed("subword", self.seed, epoch, row))
-            segments = [
-                [
-                    piece
-                    for number in cell
-                    for piece in segment(self._words[number], self._merges, self.rate, draw)
-                ]
-                for cell in cells
-            ]
-            text = join_segments(segments, self.form, self._special)
+        for row, cells in zip(self.rows.tolist(), self._numbered, strict=True):
+            text = self._draw(epoch, row, cells)
             ids.extend(text.token_ids)
             types.extend(text.token_types)
             lengths[row] = len(text.token_ids)
             num_cut += text.num_cut > 0
+        wide = self.tokenizer.get_vocab_size() > 1 << 16
         return TokenStore(
-            token_ids=np.asarray(ids, dtype=self.dtype),
+            token_ids=np.asarray(ids, dtype=np.uint32 if wide else np.uint16),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             token_types=np.asarray(types, np.uint8) if self.form.separate_segments else None,
             num_truncated=num_cut,
         )
+
+    def encode(
+        self, epoch: int, rows: Sequence[int], texts: Sequence[tuple[str, ...]]
+    ) -> list[EncodedText]:
+        """Returns the tokens of rows whose texts are others than the corpus's."""
+        return [
+            self._draw(epoch, row, [self._words.numbers(cell) for cell in self.form.take(cells)])
+            for row, cells in zip(rows, texts, strict=True)
+        ]
+
+    def _draw(self, epoch: int, row: int, cells: Sequence[Sequence[int]]) -> EncodedText:
+        draw = random.Random(derive_seed("subword", self.seed, epoch, row))
+        known, merges = self._words.symbols, self._words.merges
+        segments = [
+            [piece for n in cell for piece in segment(known[n], merges, self.rate, draw)]
+            for cell in cells
+        ]
+        return join_segments(segments, self.form, self._special)
+
+
+class Words:
+    """The words of a plain BPE tokenizer, each cut into its symbols once.
+
+    Attributes:
+        merges: pair of ids -> (rank, id of the merged symbol).
+        symbols: ids of the symbols of each word met so far, by the word's number.
+
+    Raises:
+        UsageError: the tokenizer is not a plain BPE.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not supports_dropout(tokenizer):
+            raise UsageError("bpe_dropout needs a bpe tokenizer (--tokenizer bpe).")
+        self._tokenizer = tokenizer
+        model = json.loads(tokenizer.to_str())["model"]
+        self._vocab: dict[str, int] = model["vocab"]
+        pairs = (m if isinstance(m, list) else m.split(" ") for m in model["merges"])
+        self.merges: Merges = {
+            (self._vocab[a], self._vocab[b]): (rank, self._vocab[a + b])
+            for rank, (a, b) in enumerate(pairs)
+        }
+        self.symbols: list[tuple[int, ...]] = []
+        self._numbers: dict[str, int] = {}
+        self._unknown = unknown_id(tokenizer)
+        special = {n: t for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._special = {token.content: number for number, token in special.items()}
+        patterns = (r"\s*" * t.lstrip + re.escape(t.content) for t in special.values())
+        self._split = re.compile("|".join(patterns) or "(?!)")
+
+    def numbers(self, text: str) -> list[int]:
+        """Returns the number of each word of a text; names of special tokens are these tokens."""
+        found, at = list[int](), 0
+        for match in self._split.finditer(text):
+            found += [
+                self._number(word) for word in _words_of(self._tokenizer, text[at : match.start()])
+            ]
+            name = match[0].lstrip()
+            found.append(self._number(name, (self._special[name],)))
+            at = match.end()
+        return found + [self._number(word) for word in _words_of(self._tokenizer, text[at:])]
+
+    def _number(self, word: str, symbols: tuple[int, ...] | None = None) -> int:
+        number = self._numbers.setdefault(word, len(self.symbols))
+        if number == len(self.symbols):
+            self.symbols.append(symbols or tuple(self._vocab.get(c, self._unknown) for c in word))
+        return number
 
 
 def _words_of(tokenizer: Tokenizer, text: str) -> list[str]:

@@ -28,20 +28,29 @@ KINDS = ("bpe", "wordpiece", "unigram", "word", "char", "byte")
 _MIN_FREQUENCY = 2  # a piece seen once teaches nothing and takes a row of the embedding
 
 
-def choose_vocab_size(num_characters: int, kind: str) -> tuple[int, str]:
+def choose_vocab_size(
+    num_characters: int, kind: str, *, generates: bool = False
+) -> tuple[int, str]:
     """Returns a vocabulary size for an amount of text, and the reason.
 
     A piece's embedding is learned from its occurrences, so the vocabulary grows with the text
     (about its square root, as the number of words does: Heaps' law), between 1,000 and 32,000.
+    A model that generates must also learn when to say each piece, and gets fewer of them.
     """
     if kind == "byte":
         return 256 + len(SPECIAL_TOKENS), "one token a byte"
-    size = 1000 * max(1, min(32, round(10 * math.sqrt(num_characters / 1e6))))
+    size = 1000 * max(1, min(32, round((3 if generates else 10) * math.sqrt(num_characters / 1e6))))
     return size, f"{num_characters:,} characters of text"
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, kind: str = "bpe", vocab_size: int, lowercase: bool = False
+    texts: Iterable[str],
+    *,
+    kind: str = "bpe",
+    vocab_size: int,
+    lowercase: bool = False,
+    exact: bool = False,
+    split_han: bool = False,
 ) -> Tokenizer:
     """Trains a tokenizer on ``texts``.
 
@@ -51,6 +60,10 @@ def train_tokenizer(
             word and char have an unknown token.
         vocab_size: upper bound on the number of tokens, special tokens included.
         lowercase: fold case first.
+        exact: decoding gives back a text to the letter (kinds bpe, byte and char): nothing is
+            normalised, and no space is put before the first word.
+        split_han: no token of kinds that join characters holds a Han character and another, so
+            that tokens can begin and end at each; decoding then puts spaces around them.
 
     Raises:
         UsageError: an unknown kind.
@@ -58,9 +71,14 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise UsageError(f"unknown tokenizer kind '{kind}'; there are {', '.join(KINDS)}.")
-    model, splitter, decoder, trainer = _parts(kind, vocab_size)
+    model, splitter, decoder, trainer = _parts(kind, vocab_size, exact)
+    if split_han and kind not in ("char", "byte"):
+        if kind == "unigram":  # else the mark of a space would be put before each of them
+            splitter = pre_tokenizers.Metaspace(prepend_scheme="first")
+        each = pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated")
+        splitter = pre_tokenizers.Sequence([each, splitter])
     tokenizer = Tokenizer(model)
-    steps: list[normalizers.Normalizer] = [normalizers.NFC()]
+    steps: list[normalizers.Normalizer] = [] if exact else [normalizers.NFC()]
     if lowercase:
         steps.append(normalizers.Lowercase())
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -92,6 +110,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def token_named(tokenizer: Tokenizer, *names: str) -> str:
+    """Returns the first of the names that the tokenizer has as a token.
+
+    Raises:
+        UsageError: it has none of them.
+    """
+    for name in names:
+        if tokenizer.token_to_id(name) is not None:
+            return name
+    raise UsageError(f"the tokenizer has no {names[0]} token, which is needed here.")
+
+
+def special_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of the tokens that no text is made of, in order."""
+    tokens = tokenizer.get_added_tokens_decoder()
+    return sorted(number for number, token in tokens.items() if token.special)
 
 
 def unknown_id(tokenizer: Tokenizer) -> int:
@@ -137,7 +173,7 @@ def _rank_required_characters(scored: list[tuple[str, float]]) -> list[tuple[str
 
 
 def _parts(
-    kind: str, vocab_size: int
+    kind: str, vocab_size: int, exact: bool
 ) -> tuple[models.Model, pre_tokenizers.PreTokenizer, decoders.Decoder, trainers.Trainer]:
     special = list(SPECIAL_TOKENS)
     words = pre_tokenizers.Sequence(
@@ -152,7 +188,7 @@ def _parts(
             initial_alphabet=alphabet,
             show_progress=False,
         )
-        splitter = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        splitter = pre_tokenizers.ByteLevel(add_prefix_space=not exact)
         return models.BPE(), splitter, decoders.ByteLevel(), trainer
     if kind == "wordpiece":
         trainer = trainers.WordPieceTrainer(

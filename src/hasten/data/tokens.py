@@ -15,19 +15,19 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from hasten.core.errors import UsageError
 from hasten.data.cache import cached, content_key
 from hasten.data.corpus import Corpus
-from hasten.data.tokenizer import CLASS, SEPARATOR, unknown_id
+from hasten.data.messages import learned_turns, read_messages
+from hasten.data.tokenizer import CLASS, SEPARATOR, token_named, unknown_id
 
-_FORMAT = 1
+_FORMAT = 3
 _CHUNK = 1000
 
 
@@ -36,14 +36,28 @@ class EncodingFormat:
     """How the text cells of a row become one sequence.
 
     Attributes:
-        max_length: longer sequences are cut to this many tokens, the longest segment first.
-        class_token: begin with the class token, for pooling by the first token.
+        max_length: longer sequences are cut to this many tokens, the longest segment first; 0 for
+            no limit.
+        class_token: begin with the class token: for pooling by the first token, and where a
+            decoder begins.
         separate_segments: put a separator between cells and number them as token types.
+        end_token: end with the separator, which tells a decoder where to stop.
+        cells: numbers of the row's cells that are taken; empty for all.
+        messages: rows are chats, whose assistant's texts have type 1 and all else type 0.
     """
 
     max_length: int = 512
     class_token: bool = False
     separate_segments: bool = False
+    end_token: bool = False
+    cells: tuple[int, ...] = ()
+    messages: bool = False
+
+    def take(self, row: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the cells of a row that are encoded."""
+        if self.messages:
+            return read_messages(row[0])
+        return tuple(row[i] for i in self.cells) if self.cells else row
 
 
 @dataclass(frozen=True)
@@ -85,39 +99,94 @@ def encode_texts(
     Raises:
         UsageError: the format needs a special token that the tokenizer lacks.
     """
+    rows = [form.take(row) for row in rows]
     cells = list(itertools.chain.from_iterable(rows))
     encoded = iter(tokenizer.encode_batch_fast(cells, add_special_tokens=False))
-    special = special_ids(tokenizer, form)
-    return [join_segments([next(encoded).ids for _ in row], form, special) for row in rows]
+    special = SpecialIds.of(tokenizer, form)
+    return [
+        join_segments(
+            [next(encoded).ids for _ in row],
+            form,
+            special,
+            types=learned_turns(row) if form.messages else None,
+        )
+        for row in rows
+    ]
 
 
-def special_ids(tokenizer: Tokenizer, form: EncodingFormat) -> tuple[list[int], list[int], int]:
-    """Returns the ids that begin a sequence, those between segments, and that of no text at all.
+@dataclass(frozen=True)
+class SpecialIds:
+    """The special tokens that a format puts around and between texts.
 
-    Raises:
-        UsageError: the format needs a special token that the tokenizer lacks.
+    Attributes:
+        first: what begins a sequence.
+        between: what stands between segments.
+        last: what ends a sequence.
+        unknown: what stands for no text at all.
     """
-    first = [_special(tokenizer, CLASS, "<s>")] if form.class_token else []
-    between = [_special(tokenizer, SEPARATOR, "</s>")] if form.separate_segments else []
-    return first, between, unknown_id(tokenizer)
+
+    first: tuple[int, ...]
+    between: tuple[int, ...]
+    last: tuple[int, ...]
+    unknown: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, form: EncodingFormat) -> SpecialIds:
+        """Looks them up.
+
+        Raises:
+            UsageError: the format needs a special token that the tokenizer lacks.
+        """
+        return cls(
+            (begin_id(tokenizer),) if form.class_token else (),
+            (end_id(tokenizer),) if form.separate_segments else (),
+            (end_id(tokenizer),) if form.end_token else (),
+            unknown_id(tokenizer),
+        )
+
+
+def begin_id(tokenizer: Tokenizer) -> int:
+    """Returns the token that a sequence begins with, or raises ``UsageError``."""
+    return _id_of(tokenizer, CLASS, "<s>")
+
+
+def end_id(tokenizer: Tokenizer) -> int:
+    """Returns the token that ends a text, or raises ``UsageError``."""
+    return _id_of(tokenizer, SEPARATOR, "</s>")
 
 
 def join_segments(
-    segments: list[list[int]], form: EncodingFormat, special: tuple[list[int], list[int], int]
+    segments: list[list[int]],
+    form: EncodingFormat,
+    special: SpecialIds,
+    types: Sequence[int] | None = None,
 ) -> EncodedText:
-    """Makes one sequence of the tokens of a row's cells, cut to the maximum length."""
-    first, between, unknown = special
-    room = form.max_length - len(first) - len(between) * (len(segments) - 1)
-    num_cut = _cut(segments, max(0, room))
-    ids, types = list(first), [0] * len(first)
-    for number, tokens in enumerate(segments):
-        joined = tokens if number == 0 else [*between, *tokens]
-        ids += joined
-        types += [number if form.separate_segments else 0] * len(joined)
+    """Makes one sequence of the tokens of a row's cells, cut to the maximum length.
+
+    Args:
+        segments: token ids of each cell.
+        form: how they are joined.
+        special: what is put around and between them; a separator belongs to the segment before
+            it, as in BERT.
+        types: token type of each segment; their numbers by default.
+    """
+    num_cut = 0
+    if form.max_length:
+        between = len(special.between) * (len(segments) - 1)
+        room = form.max_length - len(special.first) - len(special.last) - between
+        num_cut = _cut(segments, max(0, room))
+    if types is None:
+        types = range(len(segments)) if form.separate_segments else [0] * len(segments)
+    ids, token_types = list(special.first), [0] * len(special.first)
+    for number, (tokens, kind) in enumerate(zip(segments, types, strict=True)):
+        after = special.last if number == len(segments) - 1 else special.between
+        ids += [*tokens, *after]
+        token_types += [kind] * (len(tokens) + len(after))
     if not ids:
-        ids, types = [unknown], [0]
+        ids, token_types = [special.unknown], [0]
     # Separators alone may be too many for a very small maximum.
-    return EncodedText(ids[: form.max_length], types[: form.max_length], num_cut)
+    limit = form.max_length or len(ids)
+    return EncodedText(ids[:limit], token_types[:limit], num_cut)
 
 
 def open_tokens(corpus: Corpus, tokenizer: Tokenizer, form: EncodingFormat) -> TokenStore:
@@ -127,7 +196,7 @@ def open_tokens(corpus: Corpus, tokenizer: Tokenizer, form: EncodingFormat) -> T
         format=_FORMAT,
         rows=corpus.key,
         tokenizer=hashlib.sha256(definition.encode()).hexdigest(),
-        form=[form.max_length, form.class_token, form.separate_segments],
+        form=asdict(form),
     )
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
     folder = cached("tokens", key, lambda target: _build(corpus, tokenizer, form, dtype, target))
@@ -177,9 +246,7 @@ def _cut(segments: list[list[int]], room: int) -> int:
     return excess
 
 
-def _special(tokenizer: Tokenizer, *names: str) -> int:
-    for name in names:
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return found
-    raise UsageError(f"the tokenizer has no {names[0]} token, which this model's input needs.")
+def _id_of(tokenizer: Tokenizer, *names: str) -> int:
+    found = tokenizer.token_to_id(token_named(tokenizer, *names))
+    assert found is not None
+    return found

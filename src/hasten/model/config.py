@@ -12,15 +12,17 @@ NormPlacement = Literal["pre", "post"]
 Positions = Literal["rotary", "learned", "sinusoidal"]
 Activation = Literal["gelu", "relu", "relu_squared", "swiglu"]
 Pooling = Literal["first", "mean", "attention"]
+Architecture = Literal["encoder", "decoder", "encoder_decoder"]
+Head = Literal["classification", "language_modelling", "span"]
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """An encoder and the head on top of it.
+    """A stack of blocks, or an encoder and a decoder, and the head on top.
 
     Attributes:
         vocab_size: number of token embeddings V.
-        num_layers: number of blocks.
+        num_layers: number of blocks; of the encoder, where there is a decoder too.
         hidden_size: width D of the residual stream.
         num_heads: attention heads H; each has ``hidden_size / num_heads`` dimensions.
         num_kv_heads: key and value heads, each shared by ``num_heads / num_kv_heads`` query
@@ -40,12 +42,25 @@ class TransformerConfig:
         dropout: rate on the embeddings' sum and on the output of every residual branch.
         attention_dropout: rate on the attention weights.
         token_dropout: rate at which a token's whole embedding is zeroed in training.
+        architecture: encoder (a token sees its whole sequence), decoder (it sees what comes before
+            it), or encoder_decoder (a decoder that also looks at an encoded source).
+        num_decoder_layers: blocks of the decoder of an encoder_decoder; None for ``num_layers``.
+        source_vocab_size: token embeddings of the encoder of an encoder_decoder; None where source
+            and target share theirs.
+        sliding_window: how many tokens one token of a decoder sees, itself included (Beltagy et al.
+            2020); 0 for all before it.
+        attention_softcap: attention scores are bounded by ``cap * tanh(score / cap)`` (Gemma 2);
+            0 for none.
+        logit_softcap: the same for the scores of tokens.
+        tie_embeddings: score tokens with their own embeddings (Press and Wolf 2017).
         stochastic_depth: rate at which a sequence skips the last block's branches; it grows
             linearly from 0 at the first block (Huang et al. 2016).
         initializer_std: standard deviation of the initial weights; embeddings included.
         zero_init_residual: start the last matrix of every residual branch at zero, so that the
             model starts as a sum of embeddings (Zhang et al. 2019, "Fixup").
-        num_labels: classes of the head.
+        head: classification of sequences, language_modelling (a score for each token of the
+            vocabulary), or span (a score for each token to begin and to end an answer).
+        num_labels: classes of the classification head.
         pooling: how a sequence becomes one vector: its first token, the mean, or a learned
             attention over its tokens.
         head_dropout: rate before the head; None for the value of ``dropout``.
@@ -61,6 +76,13 @@ class TransformerConfig:
     norm: Norm = "layernorm"
     norm_placement: NormPlacement = "pre"
     norm_epsilon: float = 1e-5
+    architecture: Architecture = "encoder"
+    num_decoder_layers: int | None = None
+    source_vocab_size: int | None = None
+    sliding_window: int = 0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    tie_embeddings: bool = True
     positions: Positions = "rotary"
     rotary_base: float = 10000.0
     max_positions: int = 512
@@ -73,6 +95,7 @@ class TransformerConfig:
     stochastic_depth: float = 0.0
     initializer_std: float = 0.02
     zero_init_residual: bool = False
+    head: Head = "classification"
     num_labels: int = 2
     pooling: Pooling = "mean"
     head_dropout: float | None = None
@@ -104,6 +127,9 @@ class TransformerConfig:
                 f"rotary positions need an even head size, not {self.head_size} "
                 f"(model.hidden_size {self.hidden_size} / model.num_heads {self.num_heads})."
             )
+        for name in ("attention_softcap", "logit_softcap", "sliding_window"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"model.{name} must not be negative (0 is off).")
         for name in _RATES:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
@@ -115,11 +141,24 @@ class TransformerConfig:
                     f"model.{name} is '{value}'; choose one of {', '.join(choices)}."
                     f"{nearest(str(value), choices)}"
                 )
+        for name, (field, fitting) in _ONLY_WITH.items():
+            if getattr(self, name) and getattr(self, field) not in fitting:
+                raise UsageError(
+                    f"model.{name} has no effect with {field} '{getattr(self, field)}'; leave it "
+                    "out."
+                )
 
     @property
     def head_size(self) -> int:
         """Dimensions of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def decoder_layers(self) -> int:
+        """Number of blocks of the decoder; 0 without one."""
+        if self.architecture == "encoder":
+            return 0
+        return self.num_decoder_layers or self.num_layers
 
     @property
     def kv_heads(self) -> int:
@@ -146,6 +185,8 @@ _SIZES = {
     "max_positions": 1,
     "num_token_types": 0,
     "num_labels": 1,
+    "num_decoder_layers": 1,
+    "source_vocab_size": 1,
 }
 _RATES = ("dropout", "attention_dropout", "token_dropout", "stochastic_depth", "head_dropout")
 _CHOICES = {
@@ -154,4 +195,13 @@ _CHOICES = {
     "norm_placement": NormPlacement,
     "positions": Positions,
     "pooling": Pooling,
+    "architecture": Architecture,
+    "head": Head,
+}
+# Options that mean nothing elsewhere: a person who sets one expects something of it.
+_ONLY_WITH = {
+    "num_decoder_layers": ("architecture", ("encoder_decoder",)),
+    "source_vocab_size": ("architecture", ("encoder_decoder",)),
+    "sliding_window": ("architecture", ("decoder", "encoder_decoder")),
+    "logit_softcap": ("head", ("language_modelling",)),
 }

@@ -1,11 +1,18 @@
 """Heads: from hidden states to what a task is scored on.
 
-Shapes: N tokens, D hidden size, S sequences, K classes.
+    ClassificationHead    (N, D) -> (S, K) scores of classes
+    TokenHead             (N, D) -> TokenOutputs, from which scores of tokens (N, V) are made
+    SpanHead              (N, D) -> (N, 2) scores of beginning and ending an answer
+
+Shapes: N tokens, D hidden size, S sequences, K classes, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.batch import SequenceLayout
@@ -47,3 +54,56 @@ class ClassificationHead(nn.Module):
 def _sum_by_sequence(x_ND: Tensor, layout: SequenceLayout) -> Tensor:
     """Returns (S, D), the sum over each sequence's tokens, in the order of the tokens."""
     return torch.segment_reduce(x_ND, "sum", offsets=layout.offsets.long(), axis=0)
+
+
+class TokenOutputs(NamedTuple):
+    """What scores of tokens are made of: the loss never needs all N x V of them at once.
+
+    Attributes:
+        hidden_ND: final hidden states.
+        weight_VD: one row for each token of the vocabulary.
+        softcap: bound of the scores, see ``TransformerConfig.logit_softcap``; 0 for none.
+    """
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    softcap: float
+
+    def scores(self, rows: Tensor | None = None) -> Tensor:
+        """Returns the scores (R, V) of the tokens that may follow, at the given stream rows."""
+        hidden_RD = self.hidden_ND if rows is None else self.hidden_ND.index_select(0, rows)
+        scores_RV = F.linear(hidden_RD, self.weight_VD)
+        return self.softcap * torch.tanh(scores_RV / self.softcap) if self.softcap else scores_RV
+
+
+class TokenHead(nn.Module):
+    """Scores every token of the vocabulary, by its embedding or by a matrix of its own."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.softcap = config.logit_softcap
+        self.scorer = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    def forward(self, x_ND: Tensor, embedding_VD: Tensor) -> TokenOutputs:
+        """Maps hidden states (N, D) to what scores are made of."""
+        weight_VD = embedding_VD if self.scorer is None else self.scorer.weight
+        return TokenOutputs(x_ND, weight_VD, self.softcap)
+
+
+class SpanHead(nn.Module):
+    """Scores every token as the first and as the last of an answer (Devlin et al. 2019)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.dropout = Dropout(
+            config.dropout if config.head_dropout is None else config.head_dropout
+        )
+        self.scorer = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Maps hidden states (N, D) to scores (N, 2)."""
+        return self.scorer(self.dropout(x_ND))

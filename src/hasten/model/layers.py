@@ -58,10 +58,10 @@ class Embedding(nn.Module):
 
     sinusoids: Tensor
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tokens = nn.Embedding(vocab_size or config.vocab_size, config.hidden_size)
         self.positions = (
             nn.Embedding(config.max_positions, config.hidden_size)
             if config.positions == "learned"

@@ -1,22 +1,27 @@
-"""One configurable Block, the encoder made of it, and the public ``Transformer``.
+"""One configurable Block, stacks of it, and the public ``Transformer``.
 
-PackedBatch -> Embedding -> Block x L -> (final norm) -> head -> outputs
-                  (N, D)     (N, D)         (N, D)        (S, K)
+    encoder            PackedBatch -> Embedding -> encoder -> head -> outputs
+    decoder            PackedBatch -> Embedding -> decoder -> head -> outputs
+    encoder_decoder    PackedBatch.source -> Embedding -> encoder --memory--.
+                       PackedBatch        -> Embedding -> decoder <---------' -> head -> outputs
+
+Shapes: N tokens, M tokens of the source, D hidden size, S sequences.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hasten.core.batch import PackedBatch, SequenceLayout, pack_padded
+from hasten.core.batch import GroupPlan, PackedBatch, SequenceLayout, pack_padded
 from hasten.core.errors import UsageError, nearest
-from hasten.model.attention import Attention
+from hasten.model.attention import Attention, Rotary
 from hasten.model.config import TransformerConfig
-from hasten.model.heads import ClassificationHead
+from hasten.model.heads import ClassificationHead, SpanHead, TokenHead, TokenOutputs
 from hasten.model.layers import (
     Dropout,
     Embedding,
@@ -28,73 +33,148 @@ from hasten.model.layers import (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What a block needs to know about its stream besides the stream itself.
+
+    Attributes:
+        layout: where the sequences begin and end.
+        rotary: cosines and sines per token; None without rotary positions.
+        memory_MD: encoded source; None without one.
+        memory_plan: groups in which sequences look at their source.
+    """
+
+    layout: SequenceLayout
+    rotary: Rotary | None
+    memory_MD: Tensor | None = None
+    memory_plan: GroupPlan | None = None
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each a residual branch with its norm before or after."""
 
-    def __init__(self, config: TransformerConfig, stochastic_depth: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        causal: bool = False,
+        reads_source: bool = False,
+        stochastic_depth: float = 0.0,
+    ) -> None:
         super().__init__()
         self.norm_first = config.norm_placement == "pre"
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal=causal)
         self.attention_norm = build_norm(config)
+        self.source_attention = Attention(config) if reads_source else None
+        self.source_norm = build_norm(config) if reads_source else None
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = build_norm(config)
         self.dropout = Dropout(config.dropout)
         self.stochastic_depth = StochasticDepth(stochastic_depth)
 
-    def forward(
-        self, x_ND: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def forward(self, x_ND: Tensor, around: Surroundings) -> Tensor:
         """Maps the residual stream (N, D) to (N, D)."""
+        layout = around.layout
+        return self.run(
+            x_ND,
+            layout,
+            lambda attention, h: attention(h, layout.group_plan, around.rotary),
+            lambda attention, h: attention(h, around.memory_plan, None, around.memory_MD),
+        )
+
+    def run(
+        self,
+        x_ND: Tensor,
+        layout: SequenceLayout,
+        attend: Callable[[Attention, Tensor], Tensor],
+        attend_to_source: Callable[[Attention, Tensor], Tensor],
+    ) -> Tensor:
+        """The block with attention as the caller does it: packed, or from a cache in decoding."""
+        own, source = self.attention, self.source_attention
+        x_ND = self._residual(x_ND, self.attention_norm, layout, lambda h: attend(own, h))
+        if source is not None and self.source_norm is not None:
+            x_ND = self._residual(
+                x_ND, self.source_norm, layout, lambda h: attend_to_source(source, h)
+            )
+        return self._residual(x_ND, self.feed_forward_norm, layout, self.feed_forward)
+
+    def _residual(
+        self,
+        x_ND: Tensor,
+        norm: nn.Module,
+        layout: SequenceLayout,
+        branch: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         if self.norm_first:
-            branch_ND = self.attention(self.attention_norm(x_ND), layout, rotary)
-            x_ND = x_ND + self._thin(branch_ND, layout)
-            branch_ND = self.feed_forward(self.feed_forward_norm(x_ND))
-            return x_ND + self._thin(branch_ND, layout)
-        branch_ND = self.attention(x_ND, layout, rotary)
-        x_ND = self.attention_norm(x_ND + self._thin(branch_ND, layout))
-        branch_ND = self.feed_forward(x_ND)
-        return self.feed_forward_norm(x_ND + self._thin(branch_ND, layout))
+            return x_ND + self._thin(branch(norm(x_ND)), layout)
+        return norm(x_ND + self._thin(branch(x_ND), layout))
 
     def _thin(self, branch_ND: Tensor, layout: SequenceLayout) -> Tensor:
         return self.stochastic_depth(self.dropout(branch_ND), layout)
 
 
-class Encoder(nn.Module):
-    """Embeddings and a stack of blocks in which every token sees its whole sequence."""
+class Stack(nn.Module):
+    """Blocks on top of embeddings: an encoder, or a decoder where ``causal``."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        num_layers: int | None = None,
+        causal: bool = False,
+        reads_source: bool = False,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.embedding = Embedding(config)
+        num_layers = num_layers or config.num_layers
+        self.max_positions = config.max_positions
         # Post-norm leaves the embeddings' sum unnormalised otherwise.
         self.embedding_norm = build_norm(config) if config.norm_placement == "post" else None
         self.dropout = Dropout(config.dropout)
         self.rotary = RotaryTable(config) if config.positions == "rotary" else None
-        steps = max(config.num_layers - 1, 1)
         self.blocks = nn.ModuleList(
-            Block(config, config.stochastic_depth * i / steps) for i in range(config.num_layers)
+            Block(
+                config,
+                causal=causal,
+                reads_source=reads_source,
+                stochastic_depth=config.stochastic_depth * i / max(num_layers - 1, 1),
+            )
+            for i in range(num_layers)
         )
         self.final_norm = build_norm(config) if config.norm_placement == "pre" else None
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Maps a batch of N tokens to hidden states (N, D).
+    def forward(self, x_ND: Tensor, batch: PackedBatch, memory_MD: Tensor | None = None) -> Tensor:
+        """Maps embeddings (N, D) to hidden states (N, D).
 
         Raises:
             UsageError: a sequence is longer than ``max_positions``.
         """
-        check_positions(batch.layout, self.config.max_positions)
-        x_ND = self.embedding(batch.token_ids, batch.positions, batch.token_types)
-        if self.embedding_norm is not None:
-            x_ND = self.embedding_norm(x_ND)
-        x_ND = self.dropout(x_ND)
-        rotary = None if self.rotary is None else self.rotary(batch.positions)
+        check_positions(batch.layout, self.max_positions)
+        around = Surroundings(
+            batch.layout,
+            self.rotate(batch.positions),
+            memory_MD,
+            None if memory_MD is None else batch.source_plan,
+        )
+        x_ND = self.enter(x_ND)
         for block in self.blocks:
-            x_ND = block(x_ND, batch.layout, rotary)
+            x_ND = block(x_ND, around)
+        return self.leave(x_ND)
+
+    def rotate(self, positions: Tensor) -> Rotary | None:
+        """Returns the cosines and sines of (N,) positions, where they are rotary."""
+        return None if self.rotary is None else self.rotary(positions)
+
+    def enter(self, x_ND: Tensor) -> Tensor:
+        """What happens to embeddings before the first block."""
+        return self.dropout(x_ND if self.embedding_norm is None else self.embedding_norm(x_ND))
+
+    def leave(self, x_ND: Tensor) -> Tensor:
+        """What happens to hidden states after the last block."""
         return x_ND if self.final_norm is None else self.final_norm(x_ND)
 
 
 class Transformer(nn.Module):
-    """A Transformer encoder with a classification head.
+    """A Transformer with a head; by default an encoder that classifies.
 
     Args:
         vocab_size: number of token embeddings.
@@ -122,7 +202,7 @@ class Transformer(nn.Module):
         for name in options:
             if name not in fields:
                 raise UsageError(f"Transformer has no option '{name}'.{nearest(name, fields)}")
-        self.config = TransformerConfig(
+        self.config = config = TransformerConfig(
             vocab_size=vocab_size,
             num_layers=num_layers,
             hidden_size=hidden_size,
@@ -130,8 +210,22 @@ class Transformer(nn.Module):
             dropout=dropout,
             **options,
         )
-        self.encoder = Encoder(self.config)
-        self.head = ClassificationHead(self.config)
+        self.embedding = Embedding(config)
+        self.source_embedding = (
+            Embedding(config, config.source_vocab_size) if config.source_vocab_size else None
+        )
+        self.encoder = Stack(config) if config.architecture != "decoder" else None
+        self.decoder = (
+            Stack(
+                config,
+                num_layers=config.decoder_layers,
+                causal=True,
+                reads_source=config.architecture == "encoder_decoder",
+            )
+            if config.architecture != "encoder"
+            else None
+        )
+        self.head = _HEADS[config.head](config)
         self.reset_parameters()
 
     @classmethod
@@ -139,8 +233,10 @@ class Transformer(nn.Module):
         """Builds the model that ``config`` describes."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
-    def forward(self, inputs: Tensor | PackedBatch, mask: Tensor | None = None) -> Tensor:
-        """Scores each sequence.
+    def forward(
+        self, inputs: Tensor | PackedBatch, mask: Tensor | None = None
+    ) -> Tensor | TokenOutputs:
+        """Scores sequences or tokens.
 
         Args:
             inputs: a ``PackedBatch``, or padded token ids (B, T), which are packed here and
@@ -148,10 +244,42 @@ class Transformer(nn.Module):
             mask: (B, T), nonzero at real tokens; only with padded ids.
 
         Returns:
-            (S, num_labels) scores before the softmax.
+            Before the softmax: (S, num_labels) scores of classes, (N, 2) scores of a span's
+            ends, or what scores of tokens are made of.
+
+        Raises:
+            UsageError: the batch has no source for an encoder-decoder, or one too many.
         """
         batch = inputs if isinstance(inputs, PackedBatch) else pack_padded(inputs, mask)
-        return self.head(self.encoder(batch), batch.layout)
+        if (batch.source is not None) != (self.config.architecture == "encoder_decoder"):
+            raise UsageError("a source belongs to an encoder_decoder, and to nothing else.")
+        x_ND = self.embed(batch)
+        if self.decoder is None:
+            assert self.encoder is not None
+            x_ND = self.encoder(x_ND, batch)
+        else:
+            memory_MD = None if batch.source is None else self.encode(batch.source)
+            x_ND = self.decoder(x_ND, batch, memory_MD)
+        return self.score(x_ND, batch.layout)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """Returns the embeddings (N, D) of a batch."""
+        return self.embedding(batch.token_ids, batch.positions, batch.token_types)
+
+    def encode(self, source: PackedBatch) -> Tensor:
+        """Returns the encoded source (M, D) of an encoder-decoder."""
+        assert self.encoder is not None
+        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        x_MD = embedding(source.token_ids, source.positions, source.token_types)
+        return self.encoder(x_MD, source)
+
+    def score(self, x_ND: Tensor, layout: SequenceLayout) -> Tensor | TokenOutputs:
+        """Maps final hidden states to the head's outputs."""
+        if isinstance(self.head, TokenHead):
+            return self.head(x_ND, self.embedding.tokens.weight)
+        if isinstance(self.head, ClassificationHead):
+            return self.head(x_ND, layout)
+        return self.head(x_ND)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -164,11 +292,28 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.reset_parameters()
-        for block in self.encoder.blocks:
-            assert isinstance(block, Block)
-            for matrix in (block.attention.output, block.feed_forward.down):
-                if self.config.zero_init_residual:
-                    nn.init.zeros_(matrix.weight)
-                else:
-                    # Keeps the residual stream's variance independent of depth (GPT-2).
-                    nn.init.normal_(matrix.weight, std=std / (2 * self.config.num_layers) ** 0.5)
+        for stack in (self.encoder, self.decoder):
+            blocks = [] if stack is None else list(stack.blocks)
+            for block in blocks:
+                assert isinstance(block, Block)
+                for matrix in _branch_ends(block):
+                    if self.config.zero_init_residual:
+                        nn.init.zeros_(matrix.weight)
+                    else:
+                        # Keeps the residual stream's variance independent of depth (GPT-2).
+                        nn.init.normal_(matrix.weight, std=std / (2 * len(blocks)) ** 0.5)
+
+
+_HEADS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
+    "classification": ClassificationHead,
+    "language_modelling": TokenHead,
+    "span": SpanHead,
+}
+
+
+def _branch_ends(block: Block) -> list[nn.Linear]:
+    """Returns the last matrix of every residual branch."""
+    ends = [block.attention.output, block.feed_forward.down]
+    if block.source_attention is not None:
+        ends.append(block.source_attention.output)
+    return ends

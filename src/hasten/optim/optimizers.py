@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import UsageError, nearest
+from hasten.optim.muon import Muon
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -52,7 +53,7 @@ class _Recipe:
     constants: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     torch_decay_is_decoupled: bool = False
     may_be_fused: bool = False
-    foreach: bool = True
+    foreach: bool | None = True  # None: the class has no such choice
 
 
 _RECIPES: Mapping[str, _Recipe] = MappingProxyType(
@@ -112,6 +113,14 @@ _RECIPES: Mapping[str, _Recipe] = MappingProxyType(
             {"beta2_decay": -0.8, "d": 1.0},
             torch_decay_is_decoupled=True,
             foreach=False,
+        ),
+        # Jordan et al. 2024, for the matrices of blocks; the others as adamw
+        "muon": _Recipe(
+            Muon,
+            {"betas": (0.9, 0.95), "momentum": 0.95, "epsilon": _ADAM_EPSILON},
+            5e-3,
+            torch_decay_is_decoupled=True,
+            foreach=None,
         ),
     }
 )
@@ -251,7 +260,7 @@ def build_optimizer(
     parameters = [parameter for group in torch_groups for _, parameter in group["params"]]
     if recipe.may_be_fused and _can_fuse(parameters):
         keywords["fused"] = True
-    else:
+    elif recipe.foreach is not None:
         keywords["foreach"] = recipe.foreach
     optimizer = recipe.torch_class(torch_groups, **keywords)
     if any(group.get(_OUR_DECAY) for group in optimizer.param_groups):

@@ -8,7 +8,7 @@ The rules are pure functions, so the same data gives the same run on every machi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,19 @@ from hasten.optim.optimizers import default_learning_rate, default_settings
 MICRO_BATCH_TOKENS = 8192
 _LITTLE_TEXT = 3_000_000
 _FEW_BITS = 20_000
+_GENERATOR_SIZES = (
+    (100_000, (2, 128)),
+    (5_000_000, (4, 128)),
+    (50_000_000, (6, 256)),
+    (float("inf"), (8, 512)),
+)
+_GENERATOR_EPOCHS = (
+    (100_000, 40.0),
+    (3_000_000, 16.0),
+    (30_000_000, 5.0),
+    (float("inf"), 2.0),
+)
+_MUON_WIDTH = 128  # the width at which Muon's rate was chosen
 _MIN_STEP_TOKENS, _STEP_TOKENS, _MIN_STEPS_PER_EPOCH = 256, 2048, 40
 _EPOCHS = (
     (20_000, 40.0),
@@ -34,6 +47,7 @@ class DataFacts:
     """What the rules look at.
 
     Attributes:
+        architecture: encoder, decoder or encoder_decoder.
         num_examples: training examples.
         num_classes: labels, among which each example chooses.
         num_tokens: tokens of one epoch.
@@ -43,6 +57,7 @@ class DataFacts:
         has_merges: whether the tokenizer is a plain BPE, so that merges can be skipped.
     """
 
+    architecture: str
     num_examples: int
     num_classes: int
     num_tokens: int
@@ -64,20 +79,44 @@ class Choice:
 def choose(config: RunConfig, facts: DataFacts) -> tuple[RunConfig, list[Choice]]:
     """Returns the configuration without any ``auto``, and what was chosen and why."""
     choices: list[Choice] = []
-    for rules in (_model_choices, _training_choices, _averaging_choices):
+    size = _classifier_size if facts.architecture == "encoder" else _generator_size
+    for rules in (size, _heads, _training_choices, _averaging_choices):
         # Each set of rules sees what the ones before it chose.
-        chosen = [
-            choice
-            for choice in rules(config, facts)
-            if getattr(getattr(config, choice.key.split(".")[0]), choice.key.split(".")[1])
-            == "auto"
-        ]
-        config = replace_values(config, {choice.key: choice.value for choice in chosen})
+        config, chosen = _apply(config, rules(config, facts))
         choices += chosen
     return config, choices
 
 
-def _model_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
+def choose_for_task(
+    config: RunConfig, task: str, architecture: str, metric: str
+) -> tuple[RunConfig, list[Choice]]:
+    """Returns the configuration with what the task alone decides, before any data is read."""
+    smoothing, beams = (0.1, 4) if architecture == "encoder_decoder" else (0.0, 1)
+    length = 256 if architecture == "decoder" else 512
+    optimizer = "adamw" if architecture == "encoder" else "muon"
+    return _apply(
+        config,
+        (
+            Choice("optim.optimizer", optimizer, task),
+            Choice("train.label_smoothing", smoothing, task),
+            Choice("tokenizer.max_length", length, task),
+            Choice("eval.metric", metric, task),
+            Choice("eval.num_beams", beams, task),
+        ),
+    )
+
+
+def _apply(config: RunConfig, wanted: Iterable[Choice]) -> tuple[RunConfig, list[Choice]]:
+    """Sets what was left to us, and only that."""
+    chosen = []
+    for choice in wanted:
+        section, _, name = choice.key.partition(".")
+        if getattr(getattr(config, section), name) in ("auto", ("auto",)):
+            chosen.append(choice)
+    return replace_values(config, {choice.key: choice.value for choice in chosen}), chosen
+
+
+def _classifier_size(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     """Size and dropout: the less there is to learn from, the smaller the model.
 
     What a classifier can learn is bounded by its labels: an example of K classes carries at most
@@ -90,38 +129,65 @@ def _model_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     reason = f"{facts.num_examples:,} labels of {facts.num_classes} classes, {tokens}"
     yield Choice("model.num_layers", layers, reason)
     yield Choice("model.hidden_size", width, reason)
-    if config.model.hidden_size != "auto":
-        width = config.model.hidden_size
-    wanted = max(1, round(width / (64 if width > 64 else 32)))
-    heads = next(h for h in range(wanted, 0, -1) if width % h == 0)
-    yield Choice("model.num_heads", heads, f"{width // heads} dimensions a head")
     dropout = 0.3 if is_small else 0.1
     yield Choice("model.dropout", dropout, tokens)
     head = dropout if config.model.dropout == "auto" else config.model.dropout
     yield Choice("model.head_dropout", head, "as model.dropout")
     yield Choice("model.token_dropout", 0.2 if is_small else 0.0, tokens)
-    if facts.has_merges:
-        yield Choice("tokenizer.dropout", 0.05 if is_small else 0.0, tokens)
+    if is_small and facts.has_merges:
+        reason = f"{tokens}; none turns it off"
+        yield Choice("data.augment", ("bpe_dropout=0.05",), reason)
     else:
-        yield Choice("tokenizer.dropout", 0.0, "only bpe has merges to skip")
+        yield Choice("data.augment", ("none",), tokens)
+
+
+def _generator_size(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
+    """Size and dropout of what generates: each token is something to learn from."""
+    tokens = f"{facts.num_tokens:,} training tokens"
+    layers, width = next(size for limit, size in _GENERATOR_SIZES if facts.num_tokens < limit)
+    yield Choice("model.num_layers", layers, tokens)
+    yield Choice("model.hidden_size", width, tokens)
+    dropout = 0.3 if facts.num_tokens < _LITTLE_TEXT else 0.1
+    yield Choice("model.dropout", dropout, tokens)
+    yield Choice("model.head_dropout", 0.0, "scores of tokens have none")
+    yield Choice("model.token_dropout", 0.0, facts.architecture)
+    yield Choice("data.augment", ("none",), "off unless asked for")
+
+
+def _heads(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
+    width = settled(config.model.hidden_size)
+    wanted = max(1, round(width / (64 if width > 128 else 32)))
+    heads = next(h for h in range(wanted, 0, -1) if width % h == 0)
+    yield Choice("model.num_heads", heads, f"{width // heads} dimensions a head")
 
 
 def _training_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     """Length and rates: little text is passed over more often, until progress ends."""
     tokens = f"{facts.num_tokens:,} training tokens"
-    name, width = config.optim.optimizer, settled(config.model.hidden_size)
-    epochs = next(epochs for limit, epochs in _EPOCHS if facts.num_tokens < limit)
+    name, width = settled(config.optim.optimizer), settled(config.model.hidden_size)
+    generates = facts.architecture != "encoder"
+    table = _GENERATOR_EPOCHS if generates else _EPOCHS
+    epochs = next(epochs for limit, epochs in table if facts.num_tokens < limit)
     yield Choice("train.epochs", epochs, f"at most, for {tokens}")
-    per_step = min(_STEP_TOKENS, facts.num_tokens // _MIN_STEPS_PER_EPOCH)
+    largest = (2 if generates else 1) * _STEP_TOKENS
+    per_step = min(largest, facts.num_tokens // _MIN_STEPS_PER_EPOCH)
     per_step = 4 * _STEP_TOKENS if facts.num_tokens >= _LITTLE_TEXT else per_step
     yield Choice("train.tokens_per_step", max(_MIN_STEP_TOKENS, per_step), tokens)
     yield Choice("train.micro_batch_tokens", MICRO_BATCH_TOKENS, "fixed; memory and speed only")
     uses_betas = "betas" in default_settings(name)
     rate = default_learning_rate(name, width)
-    rate = min(1e-3, rate) if uses_betas else rate
+    if name == "muon":
+        rate *= min(1.0, (_MUON_WIDTH / width) ** 0.5)
+    elif uses_betas:
+        rate = min(1e-3, rate)
     yield Choice("train.learning_rate", round(rate, 6), f"{name} at width {width}")
-    betas = (0.9, 0.9 if facts.num_tokens < _LITTLE_TEXT else 0.95) if uses_betas else None
-    yield Choice("optim.betas", betas, f"{name}; a short memory suits rare tokens")
+    if not uses_betas:
+        yield Choice("optim.betas", None, f"{name} has none")
+    elif generates:
+        yield Choice("optim.betas", (0.9, 0.98), f"{name}, for {facts.architecture}")
+    else:
+        second = 0.9 if facts.num_tokens < _LITTLE_TEXT else 0.95
+        yield Choice("optim.betas", (0.9, second), f"{name}; a short memory suits rare tokens")
     yield Choice("optim.weight_decay", 0.05 if uses_betas else 0.0, f"{name} from scratch")
     yield Choice("train.num_threads", facts.num_threads, facts.threads_reason)
 

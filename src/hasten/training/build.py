@@ -16,21 +16,22 @@ import torch
 
 from hasten.config.load import replace_values
 from hasten.config.schema import RunConfig, settled
-from hasten.core.errors import UsageError
+from hasten.core.errors import UsageError, nearest
 from hasten.core.seeds import derive_seed
 from hasten.data.order import steps_per_epoch
 from hasten.data.subword import supports_dropout
-from hasten.data.tokenizer import choose_vocab_size
 from hasten.model.config import TransformerConfig
 from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
 from hasten.optim.optimizers import build_optimizer, parameter_groups, split_parameters
 from hasten.optim.schedules import PlateauSettings, Schedule, build_schedule
-from hasten.plan.choices import Choice, DataFacts, choose
+from hasten.plan.choices import Choice, DataFacts, choose, choose_for_task
+from hasten.task.contract import Task
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer
-from hasten.training.prepare import PreparedData, prepare_data, with_subword_dropout
+from hasten.training.prepare import PreparedData, prepare_data, with_drawing
+from hasten.training.sources import open_sources, warn_about_rows
 from hasten.training.step import Parts, StepSettings
 
 _MAX_EVALUATIONS = 100
@@ -70,44 +71,49 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
     Raises:
         HastenError: whatever would keep the run from starting.
     """
-    device, reason = choose_device(config.train.device)
-    data = prepare_data(config, observer)
+    device, device_reason = choose_device(config.train.device)
+    sources = open_sources(config, observer)
+    task = sources.task
+    choices: list[Choice] = []
+    if config.task == "auto":
+        choices.append(Choice("task", task.name, sources.task_reason))
+    config, of_task = choose_for_task(config, task.name, task.architecture, task.default_metric)
+    if config.eval.metric not in task.higher_is_better:
+        names = task.higher_is_better
+        raise UsageError(
+            f"eval.metric '{config.eval.metric}' is not measured in {task.name}; there are "
+            f"{', '.join(names)}.{nearest(config.eval.metric, names)}"
+        )
+    warn_about_rows(sources, observer)
+    data = prepare_data(config, sources, observer)
+    choices += data.choices
+    config = replace_values(config, {choice.key: choice.value for choice in choices})
+    config, of_data = choose(config, _facts(data))
+    for choice in (Choice("train.device", device.type, device_reason), *of_task, *of_data):
+        observer.note(f"{choice.key}: {_shown(choice.value)} ({choice.reason})")
+        choices.append(choice)
+    config = replace_values(config, {"train.device": device.type})
+    return Plan(config, choices, with_drawing(data, config), device)
+
+
+def _facts(data: PreparedData) -> DataFacts:
     train = data.splits["train"]
-    facts = DataFacts(
-        num_examples=len(train.rows),
-        num_classes=len(data.task.labels),
+    return DataFacts(
+        architecture=data.task.architecture,
+        num_examples=len(train),
+        num_classes=data.task.num_classes,
         num_tokens=int(train.lengths.sum()),
         num_threads=available_cores(),
         threads_reason="OMP_NUM_THREADS"
         if os.environ.get("OMP_NUM_THREADS")
         else "this machine's cores",
-        has_validation=len(data.splits["validation"].rows) > 0,
-        has_merges=supports_dropout(data.tokenizer),
+        has_validation=len(data.splits["validation"]) > 0,
+        has_merges=all(map(supports_dropout, data.task.tokenizers)),
     )
-    config, choices = choose(config, facts)
-    choices = [Choice("train.device", device.type, reason), *choices]
-    for choice in choices:
-        observer.note(f"{choice.key}: {choice.value} ({choice.reason})")
-    choices += _choices_of_data(config, data)  # noted while the data was prepared
-    values = {choice.key: choice.value for choice in choices}
-    config = replace_values(config, values)
-    return Plan(config, choices, with_subword_dropout(data, config), device)
 
 
-def _choices_of_data(config: RunConfig, data: PreparedData) -> list[Choice]:
-    """Returns what preparing the data decided of the settings left to it."""
-    choices = []
-    if config.task == "auto":
-        choices.append(Choice("task", data.task.name, "the only task there is"))
-    if config.data.segments == "auto":
-        value = "separate" if data.form.separate_segments else "join"
-        reason = f"text columns: {len(data.sources.columns.text)}"
-        choices.append(Choice("data.segments", value, reason))
-    if config.tokenizer.vocab_size == "auto":
-        num_characters = data.sources.corpora["train"].num_characters
-        size, reason = choose_vocab_size(num_characters, config.tokenizer.kind)
-        choices.append(Choice("tokenizer.vocab_size", size, reason))
-    return choices
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def available_cores() -> int:
@@ -125,11 +131,11 @@ def build_loop(plan: Plan, folder: Path, observer: Observer) -> Loop:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(derive_seed("weights", config.train.seed))
-    model = build_model(config, data).to(plan.device)
+    model = build_model(config, data.task).to(plan.device)
     named = list(model.named_parameters())
     decayed, _ = split_parameters(named)
     optimizer = build_optimizer(
-        config.optim.optimizer,
+        settled(config.optim.optimizer),
         parameter_groups(named, weight_decay=settled(config.optim.weight_decay)),
         learning_rate=settled(config.train.learning_rate),
         betas=settled(config.optim.betas),
@@ -158,27 +164,19 @@ def build_loop(plan: Plan, folder: Path, observer: Observer) -> Loop:
     return Loop(
         parts=parts,
         train=data.splits["train"],
-        validation=validation if len(validation.rows) else None,
+        validation=validation if len(validation) else None,
         settings=_loop_settings(plan),
         folder=folder,
         observer=observer,
     )
 
 
-def build_model(config: RunConfig, data: PreparedData) -> Transformer:
+def build_model(config: RunConfig, task: Task) -> Transformer:
     """Builds the model with freshly drawn weights."""
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     options = {n: v for n, v in config.model.model_dump().items() if n in fields}
-    num_segments = len(data.sources.columns.text) if data.form.separate_segments else 0
-    return Transformer.from_config(
-        TransformerConfig(
-            vocab_size=data.tokenizer.get_vocab_size(),
-            max_positions=data.form.max_length,
-            num_token_types=num_segments,
-            num_labels=len(data.task.labels),
-            **options,
-        )
-    )
+    decided = {"architecture": task.architecture, **task.model_options()}
+    return Transformer.from_config(TransformerConfig(**options | decided))
 
 
 def _build_schedule(plan: Plan) -> Schedule:
@@ -205,7 +203,7 @@ def _build_schedule(plan: Plan) -> Schedule:
 def _loop_settings(plan: Plan) -> LoopSettings:
     config = plan.config
     metric = config.eval.metric
-    if config.eval.patience and not len(plan.data.splits["validation"].rows):
+    if config.eval.patience and not len(plan.data.splits["validation"]):
         raise UsageError("eval.patience needs validation rows, and there are none.")
     return LoopSettings(
         total_steps=plan.total_steps,
@@ -221,4 +219,5 @@ def _loop_settings(plan: Plan) -> LoopSettings:
         patience=settled(config.eval.patience),
         max_skipped_steps=config.train.max_skipped_steps,
         checkpoint_seconds=60 * config.train.checkpoint_minutes,
+        decode_examples=config.eval.decode_examples,
     )

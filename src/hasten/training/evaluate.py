@@ -4,57 +4,92 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
+from hasten.data.examples import Examples
 from hasten.data.order import cut_micro_batches
-from hasten.data.packing import pack_examples
+from hasten.model.search import DecodingSettings
+from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
-from hasten.task.contract import Meter, Task
-from hasten.training.prepare import Split
+from hasten.task.contract import DecodedSample, Machine, Meter, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        metrics: by name.
+        details: what else the task has to say, as JSON values.
+        samples: some predictions as text.
+    """
+
+    metrics: dict[str, Any]
+    details: dict[str, Any]
+    samples: tuple[str, ...]
 
 
 @torch.inference_mode()
-def measure(
-    model: nn.Module, task: Task, split: Split, *, device: torch.device, batch_tokens: int
-) -> Meter:
-    """Returns a meter that counted every example of the split once.
+def measure(model: Transformer, task: Task, examples: Examples, machine: Machine) -> Meter:
+    """Returns a meter that counted every example once.
 
     Args:
         model: measured as it is, dropout off; its mode is restored.
         task: what is counted.
-        split: the examples.
-        device: where the model is.
-        batch_tokens: token budget of one forward.
+        examples: of one split.
+        machine: where to compute, in which portions.
     """
-    meter, was_training = task.new_meter(), model.training
+    meter, was_training = task.new_meter(examples), model.training
     model.eval()
-    for rows in cut_micro_batches(split.rows, split.store.lengths, batch_tokens):
-        batch = pack_examples(split.store, rows, targets=split.targets).to(device)
+    numbers = np.arange(len(examples))
+    for piece in cut_micro_batches(numbers, examples.lengths, machine.batch_tokens):
+        batch = examples.pack(piece).to(machine.device)
         meter.update(model(batch), batch)
     model.train(was_training)
     return meter
 
 
 def evaluate(
-    model: nn.Module,
+    model: Transformer,
     task: Task,
-    split: Split,
+    examples: Examples,
+    machine: Machine,
     *,
-    device: torch.device,
-    batch_tokens: int,
+    decoding: DecodingSettings | None = None,
+    limit: int | None = None,
     average: WeightAverage | None = None,
-) -> dict[str, float]:
-    """Returns a split's metrics, of the averaged weights where there are any."""
+) -> Evaluation:
+    """Measures a model on a split, with the averaged weights where there are any.
+
+    Args:
+        model: its mode is restored.
+        task: what is measured.
+        examples: of one split.
+        machine: where to compute, in which portions.
+        decoding: how to decode, where the task decodes; None to leave it out.
+        limit: decode only so many examples; None for all.
+        average: weights to measure in place of the model's own.
+    """
     start = time.perf_counter()
-    with average.swapped() if average is not None else nullcontext():
-        metrics = measure(model, task, split, device=device, batch_tokens=batch_tokens).compute()
-    seconds = time.perf_counter() - start
-    num_tokens = int(split.lengths.sum())
-    return {
-        **metrics,
+    was_training = model.training
+    with average.swapped() if average is not None else nullcontext(), torch.inference_mode():
+        meter = measure(model, task, examples, machine)
+        seconds = time.perf_counter() - start
+        decoded = DecodedSample()
+        if decoding is not None and limit != 0:
+            model.eval()
+            decoded = task.decode(model, examples, machine, decoding, limit)
+            model.train(was_training)
+    num_tokens = int(examples.lengths.sum())
+    metrics = {
+        **meter.compute(),
+        **decoded.metrics,
         "num_tokens": num_tokens,
         "tokens_per_second": num_tokens / max(seconds, 1e-9),
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
     }
+    return Evaluation(metrics, meter.details(), decoded.samples)

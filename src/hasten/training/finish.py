@@ -8,20 +8,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from hasten.config.schema import settled
+from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
-from hasten.task import baselines
-from hasten.task.text_classification import ClassificationMeter, accuracy_interval
+from hasten.task.contract import Machine
 from hasten.training.build import Plan
 from hasten.training.checkpoint import copy_into
-from hasten.training.evaluate import measure
+from hasten.training.evaluate import evaluate
 from hasten.training.loop import Loop
-from hasten.training.prepare import Split
 from hasten.training.saved import SavedModel, save_model
 
 
 def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
     """Restores the best model, saves it, measures it, and returns the result as JSON values."""
-    parts, data = loop.parts, plan.data
+    parts, data, config = loop.parts, plan.data, plan.config
     if loop.best:
         copy_into(parts.model, loop.best, "the best model")
     elif parts.average is not None:
@@ -30,72 +30,30 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
         )
     parts.model.eval()
     assert isinstance(parts.model, Transformer)
-    columns = data.sources.columns
-    saved = SavedModel(
-        parts.model,
-        data.task,
-        data.tokenizer,
-        data.form,
-        columns.text,
-        columns.label,
+    decoding = DecodingSettings(
+        num_beams=settled(config.eval.num_beams), length_penalty=config.eval.length_penalty
     )
-    save_model(loop.folder / "model", saved)
-    result: dict[str, Any] = {"run": str(loop.folder)}
+    save_model(loop.folder / "model", SavedModel(parts.model, data.task, decoding))
+    result: dict[str, Any] = {"run": str(loop.folder), "task": data.task.name}
+    result["input_columns"] = list(data.task.input_columns)
     judged = data.splits["train"]
+    machine = Machine(parts.device, parts.settings.micro_batch_tokens)
     for name in ("validation", "test"):
         split = data.splits.get(name)
-        if split is not None and len(split.rows):
+        if split is not None and len(split):
             judged = split
-            result[name] = _measure(loop, split)
-    result["judged_on"] = judged.name
-    result["baselines"] = _baselines(loop, plan, judged)
+            found = evaluate(parts.model, data.task, split, machine, decoding=decoding)
+            result[name] = {**found.metrics, **found.details, "samples": list(found.samples)}
+            result["judged_on"] = name
+    result.setdefault("judged_on", "train")
+    if config.eval.baseline:
+        result["baselines"] = data.task.baselines(data.splits["train"], judged, loop.observer.note)
     result["training"] = _training_facts(loop, plan)
     return result
 
 
-def _measure(loop: Loop, split: Split) -> dict[str, Any]:
-    parts = loop.parts
-    meter = measure(
-        parts.model,
-        parts.task,
-        split,
-        device=parts.device,
-        batch_tokens=parts.settings.micro_batch_tokens,
-    )
-    assert isinstance(meter, ClassificationMeter)
-    metrics: dict[str, Any] = dict(meter.compute())
-    metrics["accuracy_interval"] = accuracy_interval(
-        metrics["accuracy"], int(metrics["num_examples"])
-    )
-    metrics["per_class"] = meter.per_class()
-    return metrics
-
-
-def _baselines(loop: Loop, plan: Plan, judged: Split) -> dict[str, Any]:
-    """Returns accuracies of simpler ways, trained on the same rows as the model."""
-    train = plan.data.splits["train"]
-    train_targets, targets = train.targets[train.rows], judged.targets[judged.rows]
-    found: dict[str, Any] = {
-        "majority": {"accuracy": baselines.majority_accuracy(train_targets, targets)}
-    }
-    if not plan.config.eval.baseline or not baselines.tfidf_available():
-        return found
-    if len(train.rows) > baselines.MAX_ROWS:
-        loop.observer.note(f"TF-IDF baseline: left out above {baselines.MAX_ROWS:,} rows")
-        return found
-    accuracy, seconds = baselines.tfidf_accuracy(
-        _joined(train), train_targets, _joined(judged), targets
-    )
-    found["tfidf_logistic_regression"] = {"accuracy": accuracy, "seconds": seconds}
-    return found
-
-
-def _joined(split: Split) -> list[str]:
-    return [" ".join(cells) for cells in split.corpus.texts(split.rows)]
-
-
 def _training_facts(loop: Loop, plan: Plan) -> dict[str, Any]:
-    state, train = loop.state, plan.data.splits["train"]
+    state = loop.state
     return {
         "num_parameters": sum(p.numel() for p in loop.parts.model.parameters()),
         "steps": state.step,
@@ -108,7 +66,7 @@ def _training_facts(loop: Loop, plan: Plan) -> dict[str, Any]:
         "tokens_per_second": state.num_tokens / max(state.train_seconds, 1e-9),
         "padding_fraction": 1 - state.num_tokens / max(1, state.num_positions),
         "attention_padding_fraction": 1 - state.num_tokens / max(1, state.num_attention_positions),
-        "num_truncated": train.store.num_truncated,
+        "num_truncated": plan.data.splits["train"].num_truncated,
         "rejected": [asdict(entry) for entry in plan.data.sources.rejected[:10]],
         "num_rejected": len(plan.data.sources.rejected),
     }

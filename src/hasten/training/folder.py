@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from hasten.config.load import build_config, config_to_yaml, replace_values
-from hasten.config.schema import RunConfig
+from hasten.config.schema import DataConfig, RunConfig
 from hasten.core.errors import (
     DamagedError,
     DataError,
@@ -36,11 +36,15 @@ from hasten.data.cache import cache_folder
 from hasten.plan.choices import Choice
 from hasten.training.machine import describe_machine
 from hasten.training.prepare import PreparedData
+from hasten.training.saved import save_tokenizers
+from hasten.training.sources import expand
 
 _LOCK_NAME = ".lock"
+_SUFFIXES = r"(\.(csv|tsv|jsonl|ndjson|json|parquet|txt|text|gz))+$"
+_SPLITS = ("train", "validation", "test")
 
 
-def choose_folder(output: str | Path | None, train: str) -> Path:
+def choose_folder(output: str | Path | None, config: DataConfig) -> Path:
     """Returns the folder of a new run: ``output``, else runs/<data>-<n>.
 
     Raises:
@@ -54,7 +58,9 @@ def choose_folder(output: str | Path | None, train: str) -> Path:
         _refuse_under_file(folder)
         return folder
     _refuse_under_file(Path("runs") / "x")
-    stem = re.sub(r"(\.(csv|tsv|jsonl|ndjson|gz))+$", "", Path(train).name) or "stdin"
+    first = next(iter(config.train or ()), config.source) or ""
+    stem = re.sub(_SUFFIXES, "", Path(first).name)
+    stem = re.sub(r"[^\w.-]+", "", stem) or "stdin"
     number = 1
     while (folder := Path("runs") / f"{stem}-{number}").exists():
         number += 1
@@ -90,7 +96,7 @@ def create_folder(
             for rejected in data.sources.rejected:
                 file.write(json.dumps(asdict(rejected), ensure_ascii=False) + "\n")
         with library_errors():
-            data.tokenizer.save(str(partial / "tokenizer.json"))
+            save_tokenizers(partial, data.task.tokenizers)
         (partial / "checkpoints").mkdir()
     return config
 
@@ -132,7 +138,7 @@ def check_data_unchanged(data: dict[str, Any]) -> None:
     Raises:
         DataError: naming the file that is gone or changed.
     """
-    for entry in data["files"].values():
+    for entry in data["files"]:
         path = Path(entry["path"])
         if not path.is_file():
             raise DataError(f"{path}: the run's data file is gone; put it back to resume.")
@@ -196,41 +202,61 @@ def _finite(value: Any) -> Any:
 def describe_data(
     config: RunConfig, data: PreparedData, partial: Path, folder: Path
 ) -> dict[str, Any]:
-    """Returns what the run read, as JSON values: files with their hashes, columns, labels."""
-    files = {}
-    for name, corpus in data.sources.corpora.items():
-        path = Path(getattr(config.data, name))
-        inside = path.parent == folder.absolute()  # it came from standard input
-        files[name] = {
-            "path": str(path),
-            "sha256": file_hash(partial / path.name if inside else path),
-            "rows_read": corpus.num_read,
-            "rows_used": len(corpus),
-            "rows_rejected": len(corpus.rejected),
-        }
+    """Returns what the run read, as JSON values: files with their hashes, columns, counts."""
+    files = []
+    for split in data.sources.corpora:
+        for path in map(Path, _paths(config.data, split)):
+            inside = path.parent == folder.absolute()  # it came from standard input
+            digest = file_hash(partial / path.name if inside else path)
+            files.append({"split": split, "path": str(path), "sha256": digest})
+    reading = data.sources.reading
     return {
         "files": files,
-        "text_columns": list(data.sources.columns.text),
-        "label_column": data.sources.columns.label,
-        "labels": list(data.task.labels),
-        "num_examples": {name: len(split.rows) for name, split in data.splits.items()},
+        "rows": {
+            name: {
+                "read": corpus.num_read,
+                "used": len(corpus),
+                "rejected": len(corpus.rejected),
+            }
+            for name, corpus in data.sources.corpora.items()
+        },
+        "columns": list(reading.columns),
+        "label_column": reading.label,
+        "num_examples": {name: len(split) for name, split in data.splits.items()},
         "num_tokens": {name: int(split.lengths.sum()) for name, split in data.splits.items()},
+        **data.task.to_json(),
     }
+
+
+def _paths(config: DataConfig, split: str) -> list[str]:
+    """Returns the files of a split; patterns are expanded already."""
+    if paths := getattr(config, split):
+        return list(paths)
+    prefix = "" if split == "train" else f"{split}_"
+    return [p for p in (getattr(config, f"{prefix}{side}") for side in ("source", "target")) if p]
 
 
 def _settle_paths(config: RunConfig, folder: Path, partial: Path) -> RunConfig:
     """Makes paths absolute; what came from standard input moves into the run folder."""
-    values = {}
-    for name in ("train", "validation", "test"):
-        path = getattr(config.data, name)
-        if path is None:
-            continue
-        path = Path(path).absolute()
-        if path.is_relative_to(cache_folder().absolute()):
-            shutil.copyfile(path, partial / path.name)
-            path = folder.absolute() / path.name
-        values[f"data.{name}"] = str(path)
+    values: dict[str, Any] = {}
+    for split in _SPLITS:
+        if paths := getattr(config.data, split):
+            settled = [_settle(Path(path), folder, partial) for path in expand(paths)]
+            values[f"data.{split}"] = tuple(settled)
+        elif _paths(config.data, split):
+            prefix = "" if split == "train" else f"{split}_"
+            for side in ("source", "target"):
+                path = getattr(config.data, f"{prefix}{side}")
+                values[f"data.{prefix}{side}"] = str(Path(path).absolute())
     return replace_values(config, values)
+
+
+def _settle(path: Path, folder: Path, partial: Path) -> str:
+    path = path.absolute()
+    if path.is_relative_to(cache_folder().absolute()):
+        shutil.copyfile(path, partial / path.name)
+        path = folder.absolute() / path.name
+    return str(path)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Labels every row of a file: its columns are kept, label and probability are added.
+"""Predicts every row of a file: its columns are kept, those of the prediction are added.
 
 RowFile --chunks--> predictions --> CSV, TSV or JSONL, committed by one rename
 """
@@ -21,10 +21,11 @@ from hasten.core.errors import UsageError
 from hasten.core.files import machine_errors
 from hasten.data.columns import CellError, resolve_columns, texts_of
 from hasten.data.rows import Rejected, RowFile
+from hasten.task.contract import PredictSettings
 from hasten.training.run import Run, columns_of, rows_of
 
 _CHUNK_ROWS = 2000
-_FORMATS = (".csv", ".tsv", ".jsonl")
+_FORMATS = (".csv", ".tsv", ".jsonl", ".txt")
 _MAX_WARNINGS = 5
 
 
@@ -39,16 +40,19 @@ def label_file(
     *,
     text_columns: Sequence[str] | None = None,
     reading: DataConfig | None = None,
+    settings: PredictSettings | None = None,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes ``path`` with two more columns to ``output``.
+    """Writes ``path`` with the columns of a prediction added to ``output``.
 
     Args:
         run: the trained run.
         path: CSV, TSV or JSONL, also gzipped; ``-`` is standard input.
-        output: likewise; replaced in one step if it exists.
+        output: likewise, or a .txt file of the outputs alone, one a line; replaced in one step if
+            it exists.
         text_columns: names or numbers; those of the training by default.
         reading: delimiter, header and encoding, where they are not to be detected.
+        settings: how to predict; as the run does by default.
         warn: told of the first rows that get no label.
 
     Returns:
@@ -60,18 +64,19 @@ def label_file(
     """
     counts = {"output": str(output), "num_labelled": 0, "num_unlabelled": 0, "num_rejected": 0}
     problems: list[str] = []
-    with rows_of(path, reading or DataConfig()) as file:
+    with rows_of(path, reading or DataConfig(), text_rows="lines") as file:
         with columns_of(file):
-            at = resolve_columns(file.columns, tuple(text_columns or run.saved.text_columns))
+            at = resolve_columns(file.columns, tuple(text_columns or _columns(run, file)))
         columns = [*file.columns]
-        for name in ("label", "probability"):
+        for name in _predicted(run, settings):
             while name in columns:
                 name = f"predicted_{name}"
             columns.append(name)
-        with _writer(output, columns, header=file.has_header or file.format == "jsonl") as write:
+        named, output_at = file.has_header or file.format not in ("csv", "tsv"), len(file.columns)
+        with writer(output, columns, header=named, output_at=output_at) as write:
             rows = iter(file)
             while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-                _label_chunk(run, file, chunk, at, write, counts, problems)
+                _label_chunk(run, file, chunk, at, write, counts, problems, settings)
     for problem in problems[:_MAX_WARNINGS]:
         warn(f"warning: {problem}")
     return counts
@@ -85,6 +90,7 @@ def _label_chunk(
     write: _Writer,
     counts: dict[str, Any],
     problems: list[str],
+    settings: PredictSettings | None,
 ) -> None:
     kept, texts = [], []
     for row in chunk:
@@ -101,18 +107,29 @@ def _label_chunk(
             if len(problems) < _MAX_WARNINGS:
                 problems.append(f"{file.display_name}, line {row.line}: {error}; no label")
             kept.append((row.cells, False))
-    predictions = run.predict_rows(texts)
+    predictions = run.predict_rows(texts, settings)
+    names = _predicted(run, settings)
     for cells, has_text in kept:
-        label = probability = None
-        if has_text:
-            prediction = next(predictions)
-            label, probability = prediction["label"], round(prediction["probability"], 6)
+        prediction = next(predictions) if has_text else {}
         counts["num_labelled"] += has_text
-        write([*cells, label, probability])
+        found = (prediction.get(name) for name in names)
+        write([*cells, *(round(v, 6) if isinstance(v, float) else v for v in found)])
+
+
+def _predicted(run: Run, settings: PredictSettings | None) -> tuple[str, ...]:
+    """The keys of a prediction that become columns; further outputs are a column of lists."""
+    has_more = settings is not None and settings.decoding.num_return > 1
+    return (*run.task.prediction_columns, *(["alternatives"] if has_more else []))
+
+
+def _columns(run: Run, file: RowFile) -> tuple[str, ...]:
+    """The columns to predict from: those of the training, or the only one there is."""
+    wanted = run.task.input_columns
+    return file.columns if len(file.columns) == len(wanted) == 1 else wanted
 
 
 @contextmanager
-def _writer(output: Path, columns: list[str], *, header: bool) -> Iterator[_Writer]:
+def writer(output: Path, columns: list[str], *, header: bool, output_at: int) -> Iterator[_Writer]:
     """Yields a function that writes one row; the file appears whole or not at all."""
     compressed = output.suffix == ".gz"
     suffix = (output.with_suffix("") if compressed else output).suffix
@@ -127,7 +144,7 @@ def _writer(output: Path, columns: list[str], *, header: bool) -> Iterator[_Writ
             with partial.open("wb") as raw:
                 binary = gzip.GzipFile(fileobj=raw, mode="wb") if compressed else raw
                 with io.TextIOWrapper(binary, encoding="utf-8", newline="") as text:  # pyright: ignore[reportArgumentType]
-                    yield _row_writer(text, suffix, columns, header=header)
+                    yield _row_writer(text, suffix, columns, header=header, output_at=output_at)
             partial.replace(output)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -135,8 +152,15 @@ def _writer(output: Path, columns: list[str], *, header: bool) -> Iterator[_Writ
 
 
 def _row_writer(
-    text: io.TextIOWrapper, suffix: str, columns: list[str], *, header: bool
+    text: io.TextIOWrapper, suffix: str, columns: list[str], *, header: bool, output_at: int
 ) -> _Writer:
+    """Returns what writes a row; of a .txt file that is the column ``output_at`` alone."""
+    if suffix == ".txt":
+
+        def write_line(values: Sequence[Any]) -> None:
+            text.write(" ".join(str(values[output_at] or "").split()) + "\n")
+
+        return write_line
     if suffix == ".jsonl":
 
         def write(values: Sequence[Any]) -> None:

@@ -19,14 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hasten.core.errors import DivergenceError
+from hasten.data.examples import Examples
 from hasten.data.order import plan_epoch, steps_per_epoch
+from hasten.model.search import DecodingSettings
 from hasten.optim.state import flatten_optimizer_state, load_optimizer_state
-from hasten.task.contract import Meter
+from hasten.task.contract import Machine, Meter
 from hasten.training.checkpoint import (
     Checkpoint,
     copy_into,
@@ -35,7 +36,6 @@ from hasten.training.checkpoint import (
 )
 from hasten.training.evaluate import evaluate
 from hasten.training.observe import EvaluationInfo, MetricsLog, Observer, StepInfo
-from hasten.training.prepare import Split
 from hasten.training.state import TrainState
 from hasten.training.step import Parts, StepResult, run_step
 
@@ -54,6 +54,7 @@ class LoopSettings:
         patience: evaluations without progress before the run stops; 0 for never.
         max_skipped_steps: non-finite steps in a row before the run fails.
         checkpoint_seconds: longest time between checkpoints.
+        decode_examples: validation examples decoded at each evaluation, where a task decodes.
     """
 
     total_steps: int
@@ -65,6 +66,7 @@ class LoopSettings:
     patience: int
     max_skipped_steps: int
     checkpoint_seconds: float
+    decode_examples: int = 0
 
 
 class Interrupted(BaseException):
@@ -93,8 +95,8 @@ class Loop:
     """
 
     parts: Parts
-    train: Split
-    validation: Split | None
+    train: Examples
+    validation: Examples | None
     settings: LoopSettings
     folder: Path
     observer: Observer
@@ -142,16 +144,20 @@ class Loop:
                         train.lengths,
                         seed=self.parts.settings.seed,
                         epoch=epoch,
-                        num_batches=per_epoch,
+                        num_batches=min(per_epoch, len(train)),
                     )
-                examples = train.rows[batches[state.step % per_epoch]]
+                # Augmentation can leave fewer examples than the run has steps for an epoch.
+                examples = batches[state.step % per_epoch % len(batches)]
                 started = time.perf_counter()
                 result = run_step(self.parts, train, examples, state.step, self.pace.meter)
                 state.step += 1
                 state.num_tokens += result.num_tokens
                 state.num_positions += result.num_positions
                 state.num_attention_positions += result.num_attention_positions
-                self._check_finite(result, examples, log)
+                if not result.is_finite:
+                    self._skip(train.lines(examples.tolist()), log)
+                else:
+                    state.skipped_in_a_row = 0
                 self.pace.add(result, time.perf_counter() - started)
                 state.train_seconds += time.perf_counter() - started
                 if state.step % settings.log_every == 0 or state.step == settings.total_steps:
@@ -190,17 +196,13 @@ class Loop:
         }
         save_checkpoint(self.folder / "checkpoints", self.state.step, Checkpoint(tensors, scalars))
 
-    def _check_finite(self, result: StepResult, examples: np.ndarray, log: MetricsLog) -> None:
+    def _skip(self, lines: dict[str, list[int]], log: MetricsLog) -> None:
+        """Counts a step that was not finite, and stops where it was one too many."""
         state = self.state
-        if result.is_finite:
-            state.skipped_in_a_row = 0
-            return
         state.num_skipped += 1
         state.skipped_in_a_row += 1
-        lines = self.train.lines(sorted(examples.tolist()))
         log.write({"step": state.step, "skipped": True, "lines": lines})
-        some = ", ".join(map(str, lines[:8])) + (" ..." if len(lines) > 8 else "")
-        where = f"step {state.step}, {self.train.corpus.name} lines {some}"
+        where = f"step {state.step}, {_shortened(lines)}"
         self.observer.warn(f"loss or gradient not finite: the step was skipped ({where})")
         if state.skipped_in_a_row >= self.settings.max_skipped_steps:
             raise DivergenceError(
@@ -243,24 +245,30 @@ class Loop:
         if self.validation is None:
             return
         state, settings, parts = self.state, self.settings, self.parts
-        metrics = evaluate(
+        found = evaluate(
             parts.model,
             parts.task,
             self.validation,
-            device=parts.device,
-            batch_tokens=parts.settings.micro_batch_tokens,
+            Machine(parts.device, parts.settings.micro_batch_tokens),
+            decoding=DecodingSettings(),
+            limit=settings.decode_examples,
             average=parts.average,
         )
-        is_best = state.record(metrics[settings.metric], settings.higher_is_better)
+        metrics = found.metrics
+        is_best = state.record(
+            metrics[settings.metric], settings.higher_is_better, loss=metrics["loss"]
+        )
         if is_best:
             self.best = self._weights()
         state.evaluations.append({"step": state.step, **metrics})
         is_stuck = state.evaluations_since_best >= settings.patience > 0
         state.stopped_early = is_stuck and state.step < settings.total_steps
         parts.schedule.observe(metrics[settings.metric])
-        log.write({"step": state.step, "split": "validation", **metrics, "is_best": is_best})
+        entry = {"step": state.step, "split": "validation", **metrics, "is_best": is_best}
+        log.write({**entry, "train_seconds": round(state.train_seconds, 2)})
+        epoch = state.step / per_epoch
         self.observer.evaluation(
-            EvaluationInfo(state.step, state.step / per_epoch, "validation", metrics, is_best)
+            EvaluationInfo(state.step, epoch, "validation", metrics, is_best, found.samples)
         )
 
     def _weights(self) -> dict[str, Tensor]:
@@ -269,6 +277,15 @@ class Loop:
         if self.parts.average is not None:
             weights |= {n: t.cpu().clone() for n, t in self.parts.average.tensors().items()}
         return weights
+
+
+def _shortened(lines: dict[str, list[int]]) -> str:
+    """Writes where examples stand: train.csv lines 3, 8, 12 ..."""
+    parts = []
+    for name, numbers in lines.items():
+        some = ", ".join(map(str, numbers[:8])) + " ..." * (len(numbers) > 8)
+        parts.append(f"{name} lines {some}")
+    return "; ".join(parts)
 
 
 class Pace:

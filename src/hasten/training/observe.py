@@ -56,13 +56,15 @@ class EvaluationInfo:
         split: validation or test.
         metrics: by name.
         is_best: whether this is the best model so far.
+        samples: some predictions as text.
     """
 
     step: int
     epoch: float
     split: str
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     is_best: bool
+    samples: tuple[str, ...] = ()
 
 
 class Observer(Protocol):

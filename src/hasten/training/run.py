@@ -8,9 +8,10 @@ run.evaluate("other.csv")           {"accuracy": ..., ...}
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -22,22 +23,16 @@ import torch
 
 from hasten.config.load import build_config
 from hasten.config.schema import DataConfig
-from hasten.core.errors import DamagedError, DataError, UsageError
-from hasten.data.corpus import Corpus, check_rejected, open_corpus
-from hasten.data.order import cut_micro_batches
-from hasten.data.packing import pack_texts
-from hasten.data.rows import RowFile, open_rows
-from hasten.data.tokens import encode_texts, open_tokens
-from hasten.task.text_classification import (
-    UNSEEN,
-    ClassificationMeter,
-    accuracy_interval,
-)
+from hasten.core.errors import DamagedError, UsageError, nearest
+from hasten.data.aligned import open_aligned
+from hasten.data.corpus import check_rejected, open_corpus
+from hasten.data.rows import RowFile, TextRows, open_rows
+from hasten.model.search import DecodingSettings
+from hasten.task.contract import Machine, PredictSettings, Task
 from hasten.training.checkpoint import committed_checkpoints
-from hasten.training.evaluate import measure
+from hasten.training.evaluate import evaluate
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer, Silent
-from hasten.training.prepare import Split
 from hasten.training.saved import SavedModel, load_model
 from hasten.training.session import resume_run, standard_input_as_file, start_run
 
@@ -81,12 +76,12 @@ class Run:
             ) from None
 
     def __repr__(self) -> str:
-        return f"Run({str(self.folder)!r}, labels={list(self.labels)})"
+        return f"Run({str(self.folder)!r}, task={self.task.name!r})"
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """The label names."""
-        return self.saved.task.labels
+    def task(self) -> Task:
+        """What was learned; of a classifier, ``run.task.labels`` are its labels."""
+        return self.saved.task
 
     @cached_property
     def result(self) -> dict[str, Any]:
@@ -94,25 +89,62 @@ class Run:
         file = self.folder / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    def predict(self, texts: Texts | Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        """Predicts a label for each text.
+    def predict(
+        self, texts: Texts | Sequence[Sequence[str]], **decoding: Any
+    ) -> list[dict[str, Any]]:
+        """Predicts for each text: a label, a translation, a continuation, an answer.
 
         Args:
-            texts: one text, several, or several rows of as many cells as there were text columns.
+            texts: one text, several, or several rows of as many cells as the task takes columns
+                (``run.task.input_columns``).
+            **decoding: fields of ``DecodingSettings``, for tasks that generate.
 
         Returns:
-            For each, ``{"label", "probability", "probabilities"}``.
+            One dictionary each; its keys are the task's.
 
         Raises:
-            UsageError: a row has another number of cells.
+            UsageError: a row has another number of cells, or a decoding option is not known or
+                contradicts another.
         """
         rows = [texts] if isinstance(texts, str) else texts
-        return list(self.predict_rows((row,) if isinstance(row, str) else row for row in rows))
+        settings = self.settings(**decoding)
+        cells = ((row,) if isinstance(row, str) else tuple(row) for row in rows)
+        return list(self.predict_rows(cells, settings))
 
-    def predict_rows(self, rows: Iterable[Sequence[str]]) -> Iterator[dict[str, Any]]:
+    def settings(
+        self,
+        *,
+        stop: Sequence[str] = (),
+        stream: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> PredictSettings:
+        """Returns how this run predicts, with some options of ``DecodingSettings`` changed.
+
+        Raises:
+            UsageError: an option that is not known, contradicts another, or has no effect on
+                the run's task.
+        """
+        if (options or stop) and not self.task.generates:
+            names = ", ".join([*options, *(["stop"] if stop else [])])
+            raise UsageError(f"{names}: no effect on {self.task.name}, which generates no text.")
+        known = {field.name for field in dataclasses.fields(DecodingSettings)}
+        for name in options:
+            if name not in known:
+                raise UsageError(f"there is no decoding option '{name}'.{nearest(name, known)}")
+        base = self.saved.decoding
+        if options.get("temperature") and "num_beams" not in options:
+            base = DecodingSettings()  # sampling has no beams
+        if options.get("num_beams") == 1:
+            base = dataclasses.replace(base, num_beams=1, length_penalty=1.0)
+        return PredictSettings(dataclasses.replace(base, **options), tuple(stop), stream)
+
+    def predict_rows(
+        self, rows: Iterable[Sequence[str]], settings: PredictSettings | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Predicts rows of text cells one chunk at a time, in bounded memory."""
         iterator = iter(rows)
-        columns = self.saved.text_columns
+        columns = self.task.input_columns
+        machine = Machine(self.device, _BATCH_TOKENS)
         while chunk := list(itertools.islice(iterator, _CHUNK_TEXTS)):
             for row in chunk:
                 if len(row) != len(columns):
@@ -120,90 +152,89 @@ class Run:
                         f"this run takes {len(columns)} texts for each prediction "
                         f"({', '.join(columns)}); a row of {len(row)} was given."
                     )
-            # Surrounding white space is no part of a text in training either.
-            yield from self._predict_chunk([tuple(cell.strip() for cell in row) for row in chunk])
+            with torch.inference_mode():
+                yield from self.task.predict(
+                    self.saved.model,
+                    [tuple(row) for row in chunk],
+                    machine,
+                    settings or self.settings(),
+                )
 
     def evaluate(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         *,
         text_columns: Sequence[str] | None = None,
         label_column: str | None = None,
         observer: Observer | None = None,
         reading: DataConfig | None = None,
     ) -> dict[str, Any]:
-        """Measures the model on a file of labelled rows.
+        """Measures the model on a file of examples.
 
         Args:
-            path: CSV, TSV or JSONL, also gzipped; ``-`` is standard input.
+            path: a file such as the run was trained on; ``-`` is standard input; a pair of
+                line-aligned files for a translation run.
             text_columns: names or numbers; those of the training by default.
             label_column: likewise.
             observer: told of rejected rows and unseen labels.
             reading: delimiter, header and encoding, where they are not to be detected.
 
         Returns:
-            loss, accuracy with its 95% interval, macro_f1, num_examples and per_class.
+            The task's metrics, and its details.
 
         Raises:
             UsageError: the file lacks a column.
-            DataError: the file cannot be used, or has no label that was seen in training.
+            DataError: the file cannot be used.
         """
-        observer, reading = observer or Silent(), reading or DataConfig()
-        saved = self.saved
-        with rows_of(path, reading) as file, columns_of(file):
-            corpus = open_corpus(
-                file,
-                tuple(text_columns or saved.text_columns),
-                label_column or saved.label_column,
-            )
-        check_rejected(corpus, reading.max_rejected_fraction)
+        observer, options = observer or Silent(), reading or DataConfig()
+        task, own = self.task, self.task.reading
+        wanted = task.reading_of(
+            own.form, tuple(text_columns or own.columns), label_column or own.label
+        )
+        with rows_of(path, options) as file, columns_of(file):
+            corpus = open_corpus([file], wanted)
+        check_rejected(corpus, options.max_rejected_fraction)
         for rejected in corpus.rejected[:5]:
             observer.warn(f"{rejected.file}, line {rejected.line}: {rejected.reason}")
-        targets = saved.task.targets(corpus.label_names, corpus.labels)
-        _check_seen(corpus, targets, saved, observer)
-        store = open_tokens(corpus, saved.tokenizer, saved.form)
-        split = Split("test", corpus, np.arange(len(corpus)), store, targets)
-        meter = measure(
-            saved.model, saved.task, split, device=self.device, batch_tokens=_BATCH_TOKENS
+        for warning in task.check_evaluation(corpus):
+            observer.warn(warning)
+        found = evaluate(
+            self.saved.model,
+            task,
+            task.examples(corpus, np.arange(len(corpus))),
+            Machine(self.device, _BATCH_TOKENS),
+            decoding=self.saved.decoding,
         )
-        assert isinstance(meter, ClassificationMeter)
-        metrics: dict[str, Any] = dict(meter.compute())
         return {
-            **metrics,
-            "accuracy_interval": accuracy_interval(metrics["accuracy"], len(corpus)),
-            "per_class": meter.per_class(),
+            **found.metrics,
+            **found.details,
+            "samples": list(found.samples),
             "num_read": corpus.num_read,
             "num_rejected": len(corpus.rejected),
             "rejected": [asdict(entry) for entry in corpus.rejected[:10]],
         }
 
-    @torch.inference_mode()
-    def _predict_chunk(self, rows: list[tuple[str, ...]]) -> list[dict[str, Any]]:
-        saved = self.saved
-        texts = encode_texts(saved.tokenizer, rows, saved.form)
-        lengths = np.array([len(text.token_ids) for text in texts])
-        found: list[dict[str, Any]] = [{} for _ in texts]
-        for piece in cut_micro_batches(np.arange(len(texts)), lengths, _BATCH_TOKENS):
-            batch = pack_texts(
-                [texts[i] for i in piece], with_types=saved.form.separate_segments
-            ).to(self.device)
-            for i, prediction in zip(
-                piece.tolist(), saved.task.predictions(saved.model(batch)), strict=True
-            ):
-                found[i] = prediction
-        return found
-
 
 @contextmanager
-def rows_of(path: str | Path, reading: DataConfig) -> Iterator[RowFile]:
-    """Yields the opened file; ``-`` is standard input."""
+def rows_of(
+    path: str | Path | Sequence[str | Path], reading: DataConfig, text_rows: TextRows = "blocks"
+) -> Iterator[RowFile]:
+    """Yields the opened file, or pair of line-aligned files; ``-`` is standard input."""
+    if not isinstance(path, str | Path):
+        source, target = path
+        yield open_aligned(source, target, encoding=reading.encoding)
+        return
     options = {"delimiter": reading.delimiter, "header": reading.header}
     if str(path) != "-":
-        yield open_rows(path, encoding=reading.encoding, **options)
+        yield open_rows(path, encoding=reading.encoding, text_rows=text_rows, **options)
         return
     with standard_input_as_file() as spooled:
         yield open_rows(
-            spooled, encoding=reading.encoding, display_name="standard input", **options
+            spooled,
+            encoding=reading.encoding,
+            display_name="standard input",
+            text_rows=text_rows,
+            **options,
         )
 
 
@@ -218,30 +249,11 @@ def columns_of(file: RowFile) -> Iterator[None]:
         ) from None
 
 
-def _check_seen(corpus: Corpus, targets: np.ndarray, saved: SavedModel, observer: Observer) -> None:
-    """Warns of labels that the model cannot know; refuses a file that has no others."""
-    num_unseen = int((targets == UNSEEN).sum())
-    if not num_unseen:
-        return
-    unseen = [name for name in corpus.class_counts() if name not in saved.task.labels]
-    names = ", ".join(unseen[:5]) + " ..." * (len(unseen) > 5)
-    if num_unseen == len(corpus):
-        known = ", ".join(saved.task.labels[:5]) + " ..." * (len(saved.task.labels) > 5)
-        raise DataError(
-            f"{corpus.name}: no label in column '{corpus.label_column}' ({names}) was seen in "
-            f"training (which had {known}); name another with --label-column."
-        )
-    observer.warn(
-        f"{corpus.name}: labels never seen in training count as errors: {names} "
-        f"({num_unseen:,} of {len(corpus):,} rows)"
-    )
-
-
 def train(
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     *,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
+    validation: str | Path | Sequence[str | Path] | None = None,
+    test: str | Path | Sequence[str | Path] | None = None,
     output: str | Path | None = None,
     resume: str | Path | None = None,
     preset: str | None = None,
@@ -251,7 +263,8 @@ def train(
     """Trains a model on a file of examples.
 
     Args:
-        data: CSV, TSV or JSONL, also gzipped.
+        data: CSV, TSV, JSONL, Parquet, text or SQuAD JSON, also gzipped; or several files. Two
+            line-aligned files are given as ``settings={"data.source": ..., "data.target": ...}``.
         validation: file to choose the best model by; a tenth of ``data`` by default.
         test: file measured once at the end.
         output: the run's folder; runs/<data>-<n> by default.
@@ -269,10 +282,12 @@ def train(
             raise UsageError("resume goes on with the run as it was: give it alone.")
         resume_run(Path(resume), observer)
         return Run(resume)
-    if data is None:
-        raise UsageError("there is no training file.")
     files = {"data.train": data, "data.validation": validation, "data.test": test}
-    overrides = {key: str(path) for key, path in files.items() if path is not None}
+    overrides = {
+        key: tuple(map(str, [path] if isinstance(path, str | Path) else path))
+        for key, path in files.items()
+        if path is not None
+    }
     config = build_config(preset=preset, overrides={**overrides, **(settings or {})})
     return Run(start_run(config, output, observer)["run"])
 

@@ -2,8 +2,9 @@
 
     model/  config.json  model.safetensors  tokenizer.json
 
-config.json holds the architecture, the labels (``id2label``), how text becomes tokens, and the
-SHA-256 of the other files.
+config.json holds the architecture, the labels (``id2label``) where there are any, how text becomes
+tokens, and the SHA-256 of the other files. A model with a vocabulary of its own for targets has
+target_tokenizer.json too.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from hasten.core.errors import DamagedError, HastenError
+from hasten.core.errors import DamagedError
 from hasten.core.files import committed_folder, file_hash, machine_errors
 from hasten.data.tokenizer import load_tokenizer
-from hasten.data.tokens import EncodingFormat
 from hasten.model.config import TransformerConfig
+from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
-from hasten.task.text_classification import TextClassification
+from hasten.task.contract import Task
+from hasten.task.registry import task_named
 from hasten.training.checkpoint import copy_into
 
-FORMAT_VERSION = 1
-_HASHED = ("model.safetensors", "tokenizer.json")
+FORMAT_VERSION = 2
+_WEIGHTS = "model.safetensors"
+# What transformers expects at the top of config.json.
+_SHARED_KEYS = ("id2label", "label2id")
+TOKENIZER_FILES = ("tokenizer.json", "target_tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,30 @@ class SavedModel:
 
     Attributes:
         model: in evaluation mode.
-        task: with the labels.
-        tokenizer: of the run.
-        form: how text cells become one sequence.
-        text_columns: names of the columns it was trained on.
-        label_column: name of the label column.
+        task: with its reading and tokenizers.
+        decoding: how predictions are decoded unless a person says otherwise.
     """
 
     model: Transformer
-    task: TextClassification
-    tokenizer: Tokenizer
-    form: EncodingFormat
-    text_columns: tuple[str, ...]
-    label_column: str
+    task: Task
+    decoding: DecodingSettings
+
+
+def save_tokenizers(folder: Path, tokenizers: tuple[Tokenizer, ...]) -> list[str]:
+    """Writes one file for each tokenizer; returns their names."""
+    names = TOKENIZER_FILES[: len(tokenizers)]
+    for name, tokenizer in zip(names, tokenizers, strict=True):
+        tokenizer.save(str(folder / name))
+    return list(names)
+
+
+def load_tokenizers(folder: Path) -> tuple[Tokenizer, ...]:
+    """Reads the tokenizers that ``save_tokenizers`` wrote."""
+    return tuple(
+        load_tokenizer(folder / name)
+        for number, name in enumerate(TOKENIZER_FILES)
+        if number == 0 or (folder / name).is_file()
+    )
 
 
 def save_model(folder: Path, saved: SavedModel) -> None:
@@ -58,26 +74,32 @@ def save_model(folder: Path, saved: SavedModel) -> None:
     Raises:
         MachineError: it cannot be written.
     """
-    labels = saved.task.labels
+    task, reading = saved.task, saved.task.reading
     content = {
         "model_type": "hasten",
         "architectures": ["Transformer"],
-        "task": saved.task.name,
+        "task": task.name,
         **asdict(saved.model.config),
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
+        **{key: value for key, value in task.to_json().items() if key in _SHARED_KEYS},
         "hasten": {
             "format_version": FORMAT_VERSION,
-            "encoding": asdict(saved.form),
-            "text_columns": list(saved.text_columns),
-            "label_column": saved.label_column,
+            "reading": {
+                "form": reading.form,
+                "columns": list(reading.columns),
+                "label": reading.label,
+            },
+            "task": {k: v for k, v in task.to_json().items() if k not in _SHARED_KEYS},
+            "decoding": {
+                "num_beams": saved.decoding.num_beams,
+                "length_penalty": saved.decoding.length_penalty,
+            },
         },
     }
     with machine_errors("writing the model"), committed_folder(folder) as partial:
         tensors = {n: t.detach().cpu().contiguous() for n, t in saved.model.state_dict().items()}
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        saved.tokenizer.save(str(partial / "tokenizer.json"))
-        content["hasten"]["sha256"] = {name: file_hash(partial / name) for name in _HASHED}
+        save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+        names = [_WEIGHTS, *save_tokenizers(partial, task.tokenizers)]
+        content["hasten"]["sha256"] = {name: file_hash(partial / name) for name in names}
         (partial / "config.json").write_text(
             json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
         )
@@ -97,36 +119,32 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> SavedModel:
                 f"{folder}: format version {own['format_version']}; this hasten reads "
                 f"{FORMAT_VERSION}."
             )
-        for name in _HASHED:
-            if file_hash(folder / name) != own["sha256"][name]:
+        for name, expected in own["sha256"].items():
+            if file_hash(folder / name) != expected:
                 raise DamagedError(f"{folder / name}: not what was written (its SHA-256 differs).")
         names = {field.name for field in dataclasses.fields(TransformerConfig)}
         config = TransformerConfig(**{n: v for n, v in content.items() if n in names})
-        labels = tuple(content["id2label"][str(i)] for i in range(len(content["id2label"])))
-        if len(labels) != config.num_labels:
-            raise DamagedError(
-                f"{folder / 'config.json'}: names {len(labels)} labels, the model has "
-                f"{config.num_labels}."
-            )
-        form = EncodingFormat(**own["encoding"])
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / _WEIGHTS)
+        kind = task_named(content["task"])
+        reading = kind.reading_of(
+            own["reading"]["form"], tuple(own["reading"]["columns"]), own["reading"]["label"]
+        )
+        shared = {key: content[key] for key in _SHARED_KEYS if key in content}
+        task = kind.from_json({**shared, **own["task"]}, reading, load_tokenizers(folder))
+        decoding = DecodingSettings(**own["decoding"])
+        decided = task.model_options()
     except DamagedError:
         raise
     except FileNotFoundError as error:
         raise DamagedError(f"{error.filename or folder}: missing from the model folder.") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedError(f"{folder}: not a whole model folder: {error}.") from None
-    try:
-        tokenizer = load_tokenizer(folder)
-    except HastenError as error:
-        raise DamagedError(str(error)) from None
+    for name in ("num_labels", "vocab_size"):
+        if name in decided and decided[name] != getattr(config, name):
+            raise DamagedError(
+                f"{folder / 'config.json'}: {name} is {getattr(config, name)}, but the labels or "
+                f"the tokenizer beside it make it {decided[name]}."
+            )
     model = Transformer.from_config(config)
-    copy_into(model, tensors, str(folder / "model.safetensors"))
-    return SavedModel(
-        model=model.to(device).eval(),
-        task=TextClassification(labels),
-        tokenizer=tokenizer,
-        form=form,
-        text_columns=tuple(own["text_columns"]),
-        label_column=own["label_column"],
-    )
+    copy_into(model, tensors, str(folder / _WEIGHTS))
+    return SavedModel(model.to(device).eval(), task, decoding)

@@ -25,7 +25,6 @@ from hasten.core.errors import OutOfMemoryError, UsageError
 from hasten.core.files import machine_errors, remove_partials
 from hasten.data.cache import cache_folder, clear_leftovers
 from hasten.data.rows import spool_standard_input
-from hasten.data.tokenizer import load_tokenizer
 from hasten.training.build import Plan, available_cores, build_loop, plan_run
 from hasten.training.finish import finish_run
 from hasten.training.folder import (
@@ -40,7 +39,9 @@ from hasten.training.folder import (
 from hasten.training.loop import Interrupted, Loop
 from hasten.training.machine import choose_device, keep_freed_memory
 from hasten.training.observe import MetricsLog, Observer, Silent
-from hasten.training.prepare import prepare_data, with_subword_dropout
+from hasten.training.prepare import prepare_data, with_drawing
+from hasten.training.saved import load_tokenizers
+from hasten.training.sources import open_sources
 
 
 def start_run(config: RunConfig, output: str | Path | None, observer: Observer) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def start_run(config: RunConfig, output: str | Path | None, observer: Observer) 
         Interrupted: a signal arrived; the run can be resumed.
     """
     with _computing(config), _spooled(config) as config:
-        folder = choose_folder(output, config.data.train or "")
+        folder = choose_folder(output, config.data)
         plan = plan_run(config, observer)
         loop = build_loop(plan, folder, observer)  # settings that do not fit leave no folder
         config = create_folder(folder, plan.config, plan.choices, plan.data, plan.device)
@@ -70,8 +71,7 @@ def resume_run(folder: Path, observer: Observer) -> dict[str, Any]:
     lock_folder(folder).release()  # refuse early, before the work of preparing
     check_data_unchanged(data)
     with _computing(config):
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-        plan = _replan(config, tokenizer)
+        plan = _replan(config, load_tokenizers(folder))
         return _train(build_loop(plan, folder, observer), plan)
 
 
@@ -82,7 +82,7 @@ def plan_only(config: RunConfig, output: str | Path | None, observer: Observer) 
         HastenError: whatever would keep the run from starting.
     """
     with _computing(config), _spooled(config) as config:
-        folder = choose_folder(output, config.data.train or "")
+        folder = choose_folder(output, config.data)
         plan = plan_run(config, observer)
         build_loop(plan, folder, observer)
         return plan
@@ -114,11 +114,12 @@ def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
         lock.release()
 
 
-def _replan(config: RunConfig, tokenizer: Tokenizer) -> Plan:
+def _replan(config: RunConfig, tokenizers: tuple[Tokenizer, ...]) -> Plan:
     """The plan of a run whose choices are already made."""
     device, _ = choose_device(config.train.device)
-    data = prepare_data(config, Silent(), tokenizer)
-    return Plan(config, [], with_subword_dropout(data, config), device)
+    sources = open_sources(config, Silent())
+    data = prepare_data(config, sources, Silent(), tokenizers)
+    return Plan(config, [], with_drawing(data, config), device)
 
 
 @contextmanager
@@ -153,11 +154,13 @@ def _out_of_memory(config: RunConfig) -> OutOfMemoryError:
 @contextmanager
 def _spooled(config: RunConfig) -> Iterator[RunConfig]:
     """Turns ``-`` into a file that can be read several times; it moves into the run folder."""
-    if config.data.train != "-":
+    if "-" not in (config.data.train or ()):
         yield config
         return
+    if config.data.train != ("-",):
+        raise UsageError("- (standard input) must be the only training file.")
     with standard_input_as_file() as path:
-        yield replace_values(config, {"data.train": str(path)})
+        yield replace_values(config, {"data.train": (str(path),)})
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,9 @@ class TrainState:
         num_skipped: steps skipped because something was not finite.
         skipped_in_a_row: of these, the latest without a good one between.
         best_metric: best validation value so far, or None.
+        best_loss: loss of that model.
         best_step: step it was measured at.
-        evaluations_since_best: evaluations without progress.
+        evaluations_since_best: evaluations without progress in the metric.
         stopped_early: whether early stopping ended the run.
         train_seconds: time spent training, over all processes that worked on the run.
         evaluations: every evaluation's step, split and metrics.
@@ -33,6 +35,7 @@ class TrainState:
     num_skipped: int = 0
     skipped_in_a_row: int = 0
     best_metric: float | None = None
+    best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
     stopped_early: bool = False
@@ -48,15 +51,26 @@ class TrainState:
         """Restores a state; unknown or missing names raise ``TypeError``."""
         return cls(**values)
 
-    def record(self, value: float, higher_is_better: bool) -> bool:
-        """Counts an evaluation; returns whether it is the best so far (a tie is not)."""
-        is_better = self.best_metric is None or (
-            value > self.best_metric if higher_is_better else value < self.best_metric
-        )
+    def record(self, value: float, higher_is_better: bool, loss: float) -> bool:
+        """Counts an evaluation; returns whether it is the best so far.
+
+        Args:
+            value: of the metric that models are judged by.
+            higher_is_better: of that metric.
+            loss: decides between equal values, which small validation sets often have; a lower
+                loss alone is no progress, though, for which patience would wait.
+        """
+        best, best_loss = self.best_metric, self.best_loss
+        is_better = best is None or (value > best if higher_is_better else value < best)
+        if best_loss is None or best_loss != best_loss:
+            best_loss = math.inf
+        is_finer = value == best and loss < best_loss
         # A metric that is not a number is never better, and never becomes the one to beat.
-        if value == value and is_better:
-            self.best_metric, self.best_step = value, self.step
+        is_best = value == value and (is_better or is_finer)
+        if is_best:
+            self.best_metric, self.best_loss, self.best_step = value, loss, self.step
+        if is_best and is_better:
             self.evaluations_since_best = 0
-            return True
-        self.evaluations_since_best += 1
-        return False
+        else:
+            self.evaluations_since_best += 1
+        return is_best

@@ -10,6 +10,7 @@ how the batch is cut changes the result by rounding only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 
 from hasten.core.batch import PackedBatch
 from hasten.core.seeds import derive_seed
+from hasten.data.examples import Examples
 from hasten.data.order import cut_micro_batches
-from hasten.data.packing import pack_examples
+from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
 from hasten.optim.clipping import clip_gradients_, gradient_norm
 from hasten.optim.optimizers import set_learning_rate
 from hasten.optim.penalties import add_penalty_gradients_
 from hasten.optim.schedules import Schedule
 from hasten.task.contract import Meter, Task
-from hasten.training.prepare import Split
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class StepSettings:
 class Parts:
     """What a run trains, and with what."""
 
-    model: nn.Module
+    model: Transformer
     task: Task
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -87,29 +88,28 @@ class StepResult:
 
 
 def run_step(
-    parts: Parts, split: Split, examples: np.ndarray, step: int, meter: Meter | None = None
+    parts: Parts, split: Examples, examples: np.ndarray, step: int, meter: Meter | None = None
 ) -> StepResult:
     """Trains on one global batch.
 
     Args:
         parts: model, optimizer and so on; updated in place.
         split: where the examples are.
-        examples: (S,) corpus rows of the global batch.
+        examples: (S,) numbers of the examples of the global batch.
         step: number of this step, from 0.
         meter: counts the outputs as they were seen in training, or None.
     """
     settings, parameters = parts.settings, list(parts.model.parameters())
-    weight = float(parts.task.unit_weights(split.targets[examples]).sum())
+    weight = float(split.weights[examples].sum())
     parts.model.train()
     loss = torch.zeros((), device=parts.device)
     num_positions = num_attention_positions = 0
-    pieces = cut_micro_batches(examples, split.store.lengths, settings.micro_batch_tokens)
+    pieces = cut_micro_batches(examples, split.lengths, settings.micro_batch_tokens)
     for number, piece in enumerate(pieces):
-        batch = pack_examples(split.store, piece, targets=split.targets, weight=weight)
+        batch = split.pack(piece, weight)
         loss = loss + _accumulate(parts, batch.to(parts.device), step, number, meter)
-        num_positions += batch.token_ids.numel()
-        groups = batch.layout.group_plan.groups
-        num_attention_positions += sum(group.count * group.length for group in groups)
+        num_positions += batch.num_positions
+        num_attention_positions += batch.num_attention_positions
     if settings.l1 or settings.l2:
         add_penalty_gradients_(parts.penalised, l1=settings.l1, l2=settings.l2)
     norm = gradient_norm(parameters)
@@ -128,7 +128,7 @@ def run_step(
         loss=loss_value,
         gradient_norm=norm_value,
         learning_rate=rate,
-        num_tokens=int(split.store.lengths[examples].sum()),
+        num_tokens=int(split.lengths[examples].sum()),
         num_positions=num_positions,
         num_attention_positions=num_attention_positions,
         is_finite=is_finite,
@@ -144,5 +144,13 @@ def _accumulate(
     share = parts.task.loss_sum(outputs, batch) / batch.weight
     share.backward()
     if meter is not None:
-        meter.update(outputs.detach(), batch)
+        with torch.no_grad():
+            meter.update(_detached(outputs), batch)
     return share.detach()
+
+
+def _detached(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs.detach()
+    parts = (part.detach() if isinstance(part, Tensor) else part for part in outputs)
+    return type(outputs)(*parts)

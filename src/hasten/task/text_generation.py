@@ -1,0 +1,467 @@
+"""Text generation: what comes next, token by token (language modelling).
+
+    one continuous text      --windows-->           every token is predicted from those before it
+    documents                --[CLS] text [SEP]-->  the same, within each document
+    prompt and response      --[CLS] prompt [SEP] response [SEP]-->   only the response is learned
+    context, question, answer    the same, the prompt being the question and then the context
+    chat messages            --[CLS] role [SEP] text [SEP] role ...-->  only the assistant's texts
+
+Texts that are longer than the model's positions become several windows, none of them padded.
+
+Shapes: E examples, S sequences, N tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from hasten.core.batch import PackedBatch
+from hasten.core.errors import DataError, UsageError
+from hasten.core.seeds import derive_seed
+from hasten.data.columns import resolve_columns
+from hasten.data.corpus import Corpus, Reading
+from hasten.data.examples import Examples
+from hasten.data.messages import learned_turns, read_messages
+from hasten.data.packing import pack_shifted
+from hasten.data.redraw import Redraw, redrawn_tokens
+from hasten.data.rows import Row, RowFile
+from hasten.data.text_windows import Windows, cut_windows
+from hasten.data.tokenizer import special_token_ids
+from hasten.data.tokens import EncodingFormat, TokenStore, begin_id, end_id, open_tokens
+from hasten.model.search import Decoded, DecodingSettings
+from hasten.model.transformer import Transformer
+from hasten.task.contract import (
+    Certainty,
+    DecodedSample,
+    Drawing,
+    Machine,
+    PredictSettings,
+    Recognised,
+    Task,
+    TaskSettings,
+    WantedColumns,
+)
+from hasten.task.generating import OutputRules, TokenMeter, decode_sequences, token_loss_sum
+from hasten.task.text_columns import FORMS, guess_form, join_question, named_columns
+
+_SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 8, 60
+_CUT_FORMS = ("pair", "question", "messages")
+_LEARNED = 1
+"""Token type of what is learned, where prompts are not."""
+
+
+class TextExamples(Examples):
+    """Windows of texts, each predicted token by token.
+
+    Args:
+        corpus: the rows they come from.
+        rows: those of the split.
+        store: tokens of the corpus, row for row.
+        task: which says how rows become windows.
+        redraw: draws an epoch's tokens; None where all epochs have the same.
+        seed: of the run, for the places where a continuous text is cut.
+        epoch: whose windows these are; None for those of measurements.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        rows: np.ndarray,
+        store: TokenStore,
+        task: TextGeneration,
+        *,
+        redraw: Redraw | None = None,
+        seed: int = 0,
+        epoch: int | None = None,
+    ) -> None:
+        self.corpus, self.store, self.task = corpus, store, task
+        self._split_rows, self._redraw, self._seed = rows, redraw, seed
+        windows = task.windows(corpus, rows, store, seed, epoch)
+        self.starts, self.ends, self.rows = windows.starts, windows.ends, windows.rows
+        self.lengths = self.ends - self.starts - 1
+        self.weights = self._count_learned()
+        self.num_truncated = store.num_truncated
+
+    def _count_learned(self) -> np.ndarray:
+        types = self.store.token_types
+        if types is None:
+            return self.lengths.astype(np.float64)
+        learned = np.concatenate([[0], np.cumsum(types == _LEARNED)])
+        return (learned[self.ends] - learned[self.starts + 1]).astype(np.float64)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the texts that are predicted: of pairs the responses', of chats the answers'."""
+        if self.task.reading.form != "messages":
+            return int(self.corpus.num_bytes(self._split_rows)[:, -1].sum())
+        chats = (read_messages(row[0]) for row in self.corpus.texts(self._split_rows))
+        return sum(
+            len(text.encode())
+            for turns in chats
+            for text, learned in zip(turns, learned_turns(turns), strict=True)
+            if learned
+        )
+
+    def pack(self, examples: np.ndarray, weight: float = 1.0) -> PackedBatch:
+        """Packs windows; targets are the next tokens (N,)."""
+        return pack_shifted(
+            self.store,
+            self.starts[examples],
+            self.ends[examples],
+            example_ids=examples,
+            learned_type=None if self.store.token_types is None else _LEARNED,
+            weight=weight,
+        )
+
+    def in_epoch(self, epoch: int) -> Examples:
+        """Returns the texts with the tokens of an epoch, cut at other places than in the last."""
+        return TextExamples(
+            self.corpus,
+            self._split_rows,
+            self.store if self._redraw is None else self._redraw(epoch),
+            self.task,
+            redraw=self._redraw,
+            seed=self._seed,
+            epoch=epoch,
+        )
+
+
+class TextGeneration(Task):
+    """Continues texts, or answers prompts.
+
+    Args:
+        reading: which columns are read, and how.
+        tokenizers: the one tokenizer.
+        max_length: longest window in tokens, which is what the model sees at a time.
+        label_smoothing: share of each token's target that is spread over the vocabulary.
+    """
+
+    name = "text-generation"
+    architecture = "decoder"
+    higher_is_better = {"loss": False, "perplexity": False, "bits_per_byte": False}  # noqa: RUF012
+    default_metric = "loss"
+    uses = frozenset({"label_smoothing", "max_length"})
+    prediction_columns = ("generated", "score")
+    generates = True
+    exact_text = True
+
+    def __init__(
+        self,
+        reading: Reading,
+        tokenizers: tuple[Tokenizer, ...],
+        *,
+        max_length: int = 256,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.reading, self.tokenizers = reading, tokenizers
+        self.max_length, self.label_smoothing = max_length, label_smoothing
+        form = reading.form
+        self.form = EncodingFormat(
+            # Pairs and chats are cut; one more than the model's positions, since the last token
+            # is only ever a target. Texts are not cut but become windows.
+            max_length=max_length + 1 if form in _CUT_FORMS else 0,
+            class_token=form != "text",
+            separate_segments=form in _CUT_FORMS,
+            end_token=form != "text",
+            messages=form == "messages",
+        )
+
+    # From a file to examples
+
+    @classmethod
+    def recognise(cls, file: RowFile, sample: Sequence[Row]) -> Recognised | None:
+        """Takes plain text, chats, named prompts and responses, and single columns of text."""
+        if file.format == "text":
+            return Recognised(Certainty.FORMAT, "a file of plain text")
+        found = guess_form(file, sample)
+        return None if found is None else found.recognised
+
+    @classmethod
+    def choose_reading(
+        cls, file: RowFile, sample: Sequence[Row], wanted: WantedColumns
+    ) -> tuple[Reading, tuple[str, ...]]:
+        """Chooses the column of texts, of chats, or those of prompts and responses."""
+        named = named_columns(file, wanted)
+        if named is not None:
+            form = {2: "pair", 3: "question"}.get(len(named)) or cls._form_of(
+                file, sample, named[0]
+            )
+            return cls.reading_of(form, named, None), tuple(
+                f"{role} column '{name}': as asked for"
+                for role, name in zip(FORMS[form].roles, named, strict=True)
+            )
+        if file.format == "text":
+            reason = "text: continuous, cut into windows"
+            return cls.reading_of("text", file.columns, None), (reason,)
+        found = guess_form(file, sample)
+        if found is None:
+            raise DataError(
+                f"{file.display_name}: no column of texts to continue; name it with --text-column, "
+                "or prompts and responses with --source and --target."
+            )
+        return cls.reading_of(found.form, found.columns, None), found.reasons
+
+    @classmethod
+    def _form_of(cls, file: RowFile, sample: Sequence[Row], column: str) -> str:
+        if file.format == "text":
+            return "text"
+        at = resolve_columns(file.columns, [column])[0]
+        holds_lists = sum(isinstance(row.cells[at], list) for row in sample)
+        return "messages" if 2 * holds_lists > len(sample) else "documents"
+
+    @classmethod
+    def reading_of(cls, form: str, columns: Sequence[str], label: str | None) -> Reading:
+        """Reads texts as they are, documents, prompts with responses, or chats."""
+        read_row = FORMS[form].read_row
+        return Reading(cls.name, form, tuple(columns), None, read_row, form == "text")
+
+    @classmethod
+    def tokenizer_texts(
+        cls, corpus: Corpus, rows: np.ndarray, reading: Reading, settings: TaskSettings
+    ) -> list[Iterator[str]]:
+        """Returns all texts of the rows."""
+        is_chat = reading.form == "messages"
+        texts = (read_messages(row[0]) if is_chat else row for row in corpus.texts(rows))
+        return [itertools.chain.from_iterable(texts)]
+
+    @classmethod
+    def from_data(
+        cls,
+        corpus: Corpus,
+        rows: np.ndarray,
+        reading: Reading,
+        tokenizers: tuple[Tokenizer, ...],
+        settings: TaskSettings,
+    ) -> TextGeneration:
+        """Builds the task."""
+        return cls(
+            reading,
+            tokenizers,
+            max_length=settings.max_length,
+            label_smoothing=settings.label_smoothing,
+        )
+
+    def examples(
+        self, corpus: Corpus, rows: np.ndarray, drawing: Drawing | None = None
+    ) -> TextExamples:
+        """Returns the windows of some rows of a corpus."""
+        store = open_tokens(corpus, self.tokenizers[0], self.form)
+        if drawing is None:
+            return TextExamples(corpus, rows, store, self)
+        if self.reading.form == "messages" and not drawing.augmentation.is_off:
+            raise UsageError("data.augment has no effect on chat messages; leave it out.")
+        redraw = redrawn_tokens(
+            corpus,
+            rows,
+            self.tokenizers[0],
+            self.form,
+            augmentation=drawing.augmentation,
+            seed=drawing.seed,
+        )
+        return TextExamples(corpus, rows, store, self, redraw=redraw, seed=drawing.seed)
+
+    def windows(
+        self, corpus: Corpus, rows: np.ndarray, store: TokenStore, seed: int, epoch: int | None
+    ) -> Windows:
+        """Cuts the texts of some rows into windows; in training at other places each epoch."""
+        starts, ends = store.offsets[rows], store.offsets[rows + 1]
+        if self.reading.form != "text":
+            return cut_windows(starts, ends, rows, self.max_length)
+        # Neighbouring rows of one file are one text.
+        firsts = {first for _, first in corpus.files}
+        begins = np.array(
+            [
+                i == 0 or row in firsts or row != rows[i - 1] + 1
+                for i, row in enumerate(rows.tolist())
+            ]
+        )
+        first = np.flatnonzero(begins)
+        last = np.append(first, len(rows))[1:] - 1
+        shift = 0
+        if epoch:
+            shift = derive_seed("windows", seed, epoch) % self.max_length
+        windows = cut_windows(starts[first], ends[last], rows[first], self.max_length, shift)
+        owner = np.searchsorted(store.offsets, windows.starts, side="right") - 1
+        return Windows(windows.starts, windows.ends, owner)
+
+    # What is learned
+
+    def model_options(self) -> dict[str, Any]:
+        """Returns vocabulary and positions."""
+        return {
+            "vocab_size": self.tokenizers[0].get_vocab_size(),
+            "max_positions": self.max_length,
+            "head": "language_modelling",
+        }
+
+    def loss_sum(self, outputs: Any, batch: PackedBatch) -> Tensor:
+        """Returns the summed cross-entropy of the tokens that are learned."""
+        return token_loss_sum(outputs, batch, self.label_smoothing)
+
+    def new_meter(self, examples: Examples | None = None) -> TokenMeter:
+        """Returns an empty meter of the loss, without label smoothing."""
+        if examples is None:
+            return TokenMeter()
+        assert isinstance(examples, TextExamples)
+        return TokenMeter(len(examples), examples.num_bytes)
+
+    def decode(
+        self,
+        model: Transformer,
+        examples: Examples,
+        machine: Machine,
+        settings: DecodingSettings,
+        limit: int | None = None,
+    ) -> DecodedSample:
+        """Continues the beginning of one example, to be looked at; nothing is measured."""
+        if not len(examples):
+            return DecodedSample()
+        row = next(examples.corpus.texts(examples.rows[:1]))
+        if self.reading.form in ("pair", "question"):
+            shown, prompt = row[0], self._prompt(row[0])
+        elif self.reading.form == "messages":
+            shown = read_messages(row[0])[1]
+            prompt = self._prompt(shown)
+        else:
+            ids = self._encode(row[0][:1000])[:_SAMPLE_PROMPT_TOKENS]
+            shown = self._text(ids)
+            prompt = self._prompt(shown)
+        taste = DecodingSettings(max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_p=0.95)
+        (found,) = self._continue(model, [prompt], machine, taste)
+        between = " -> " if self.reading.form in _CUT_FORMS else ""
+        return DecodedSample(samples=(f"{shown}{between}{self._text(found[0].token_ids)}",))
+
+    # How it is used
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        """The column of prompts, or those of contexts and questions."""
+        return self.reading.columns[: 2 if self.reading.form == "question" else 1]
+
+    def predict(
+        self,
+        model: Transformer,
+        rows: Sequence[tuple[str, ...]],
+        machine: Machine,
+        settings: PredictSettings,
+    ) -> list[dict[str, Any]]:
+        """Returns ``{"generated", "score"}``, and the ``alternatives`` where they are wanted."""
+        is_asked = self.reading.form == "question"
+        prompts = [self._prompt(join_question(*row) if is_asked else row[0]) for row in rows]
+        if settings.stream is not None and len(rows) > 1:
+            raise UsageError("only a single output can be told as it comes.")
+        stream = None if settings.stream is None else _Stream(settings, self._text)
+        results = self._continue(model, prompts, machine, settings.decoding, settings, stream)
+        found = []
+        for hypotheses in results:
+            entries = [
+                {"generated": settings.cut(self._text(h.token_ids)), "score": h.score}
+                for h in hypotheses
+            ]
+            others = {"alternatives": entries[1:]} if settings.decoding.num_return > 1 else {}
+            found.append({**entries[0], **others})
+            if stream is not None:
+                stream.tell(entries[0]["generated"])
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the window's length."""
+        return {"max_length": self.max_length}
+
+    @classmethod
+    def from_json(
+        cls, values: Mapping[str, Any], reading: Reading, tokenizers: tuple[Tokenizer, ...]
+    ) -> TextGeneration:
+        """Builds the task of a saved run."""
+        return cls(reading, tokenizers, max_length=values["max_length"])
+
+    def _prompt(self, text: str) -> list[int]:
+        """Returns the tokens that an output continues."""
+        tokenizer, form = self.tokenizers[0], self.reading.form
+        ids = self._encode(text)
+        if form == "text":
+            # Nothing to continue: a line end begins as good a text as any.
+            ids = ids or self._encode("\n") or [end_id(tokenizer)]
+        elif form == "documents":
+            ids = [begin_id(tokenizer), *ids]
+        elif form in ("pair", "question"):
+            ids = [begin_id(tokenizer), *ids, end_id(tokenizer)]
+        else:
+            end, turn = end_id(tokenizer), [self._encode("user"), ids, self._encode("assistant")]
+            ids = [begin_id(tokenizer), *(token for part in turn for token in (*part, end))]
+        if len(ids) <= self.max_length:
+            return ids
+        if form in _CUT_FORMS:
+            raise UsageError(
+                f"a prompt of {len(ids)} tokens is longer than the model's {self.max_length} "
+                "positions; shorten it."
+            )
+        return ids[-self.max_length :]  # a model sees no further back than that anyway
+
+    def _continue(
+        self,
+        model: Transformer,
+        prompts: Sequence[list[int]],
+        machine: Machine,
+        decoding: DecodingSettings,
+        settings: PredictSettings | None = None,
+        stream: _Stream | None = None,
+    ) -> list[list[Decoded]]:
+        tokenizer = self.tokenizers[0]
+        end = None if self.reading.form == "text" else end_id(tokenizer)
+        stop = None
+        if settings is not None:
+            stop = settings.stop_rule(lambda _, ids: self._text(ids))
+        return decode_sequences(
+            model,
+            machine,
+            decoding,
+            prompts,
+            rules=OutputRules(
+                end_ids=frozenset() if end is None else frozenset({end}),
+                banned_ids=[i for i in special_token_ids(tokenizer) if i != end],
+                stop=stop,
+                on_token=None if stream is None else stream.add,
+            ),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizers[0].encode(text, add_special_tokens=False).ids
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizers[0].decode(list(token_ids))
+
+
+class _Stream:
+    """Tells one output as it comes, in pieces that together are the whole of it.
+
+    Args:
+        settings: with whom to tell, and the strings that end the output.
+        to_text: from tokens to text.
+    """
+
+    def __init__(self, settings: PredictSettings, to_text: Callable[[Sequence[int]], str]) -> None:
+        self._settings, self._to_text = settings, to_text
+        self._ids: list[int] = []
+        self._num_told = 0
+        self._num_held = max(map(len, settings.stop), default=1) - 1
+
+    def add(self, _: int, token: int) -> None:
+        """Tells what is certain with one more token."""
+        self._ids.append(token)
+        # Half a character, or what may become a stop string, waits for the next token.
+        text = self._settings.cut(self._to_text(self._ids)).rstrip("\ufffd")
+        self.tell(text[: max(0, len(text) - self._num_held)])
+
+    def tell(self, text: str) -> None:
+        """Tells what of the beginning of the output has not been told yet."""
+        assert self._settings.stream is not None
+        if len(text) > self._num_told:
+            self._settings.stream(text[self._num_told :])
+            self._num_told = len(text)
