@@ -37,7 +37,21 @@ from machine import (
 
 CMRC = REPOSITORY.parent / "shared" / "data" / "cmrc2018" / "dev.json"
 BASELINE = "first_sentence"
-SETTINGS = ("--data.augment", "none")
+# The best of a few short runs, by the F1 of the validation part. The wide initial weights matter
+# most: from the usual 0.02, two epochs ended at a validation loss of 4.8 instead of 4.3.
+SETTINGS = {
+    "--model.num_layers": 2,
+    "--model.hidden_size": 64,
+    "--model.num_heads": 2,
+    "--model.initializer_std": 0.15,
+    "--model.dropout": 0.1,
+    "--model.token_dropout": 0.0,
+    "--data.augment": "none",
+    "--epochs": 3,
+    "--train.tokens_per_step": 4096,
+    "--train.learning_rate": 3e-3,
+    "--optim.schedule": "linear",
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,6 +82,7 @@ def main() -> None:
         "benchmark": "cmrc",
         "data": arguments.data.name,
         "num_questions": {name: count_questions(part) for name, part in parts.items()},
+        "settings": SETTINGS,
         "options": arguments.rest,
         "seeds": seeds,
         "medians": medians(seeds),
@@ -103,7 +118,9 @@ def run_seed(
             Path(files[part]).write_text(content, encoding="utf-8")
         command = [sys.executable, "-m", "hasten", "train", files["train"]]
         command += ["--validation", files["validation"], "--test", files["test"]]
-        command += ["--seed", str(seed), "--output", f"{name}/run", "--json", *SETTINGS]
+        command += ["--seed", str(seed), "--output", f"{name}/run", "--json"]
+        given = [key for key in SETTINGS if key not in arguments.rest]
+        command += [str(part) for key in given for part in (key, SETTINGS[key])]
         environment = child_environment(folder, arguments.threads)
         done = run_json([*command, *arguments.rest], environment)
     found, training = done.result, done.result["training"]

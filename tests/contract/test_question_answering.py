@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from other_processes import assert_resumes_exactly, predict_in_new_process
 
 import hasten
-from builders import STILL, TINY, Recorder, write_rows
+from builders import STILL, TINY, write_rows
 from hasten.core.errors import DataError, UsageError
 from hasten.data.corpus import open_corpus
 from hasten.data.rows import open_rows
@@ -116,27 +115,17 @@ def test_odd_texts_are_answered_too(eight: hasten.Run):
         eight.predict(["only one"])
 
 
-def test_a_saved_run_predicts_the_same_in_a_new_process(eight: hasten.Run, tmp_path: Path):
-    code = (
-        "import json, sys, hasten; run = hasten.load(sys.argv[1]); "
-        "print(json.dumps(run.predict(json.loads(sys.argv[2]))))"
-    )
+def test_a_saved_run_predicts_the_same_in_a_new_process(eight: hasten.Run):
     rows = asked(EIGHT)
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(eight.folder.absolute()), json.dumps(rows)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    assert json.loads(out.stdout) == eight.predict(rows) and out.stderr == ""
+    texts = [text for row in rows for text in row]
+    assert predict_in_new_process(eight.folder, *texts) == eight.predict(rows)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"tokenizer.kind": "char", "train.label_smoothing": 0.05},
-        {"tokenizer.kind": "wordpiece", "model.positions": "learned"},
+        {"model.positions": "learned", "model.norm": "layernorm", "model.qk_norm": True},
         {"tokenizer.kind": "unigram", "model.norm_placement": "post", "train.learning_rate": 3e-3},
     ],
 )
@@ -165,46 +154,19 @@ def many(count: int, *, without: int = 0) -> list[tuple[str, str, str]]:
     return rows
 
 
-class Stopped(Exception):
-    """Ends a run from within."""
-
-
-class Stopper(Recorder):
-    def __init__(self, evaluations: int) -> None:
-        super().__init__()
-        self.left = evaluations
-
-    def evaluation(self, info: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Stopped
-
-
-def test_a_run_that_was_stopped_ends_in_the_same_weights(tmp_path: Path):
+def test_a_run_that_is_stopped_resumes_exactly(tmp_path: Path):
     path = write_rows(tmp_path / "train.csv", many(60, without=5), COLUMNS)
     settings = {
         **SMALL,
+        "data.train": str(path),
+        "data.test": str(path),
         "model.dropout": 0.2,
         "model.token_dropout": 0.1,
         "train.epochs": 3,
-        "train.tokens_per_step": 400,
-        "train.log_every": 4,
-        "eval.per_epoch": 2,
+        "train.tokens_per_step": 500,
         "eval.patience": 0,
     }
-    whole = hasten.train(path, test=path, output=tmp_path / "whole", settings=settings)
-    with pytest.raises(Stopped):
-        hasten.train(
-            path, test=path, output=tmp_path / "run", settings=settings, observer=Stopper(4)
-        )
-    resumed = hasten.train(resume=tmp_path / "run")
-    weights = [(r.folder / "model" / "model.safetensors").read_bytes() for r in (whole, resumed)]
-    assert weights[0] == weights[1]
-    for name in ("validation", "test"):
-        one, other = whole.result[name], resumed.result[name]
-        assert {k: v for k, v in one.items() if "seconds" not in k and "second" not in k} == {
-            k: v for k, v in other.items() if "seconds" not in k and "second" not in k
-        }
+    assert_resumes_exactly(tmp_path, settings)
 
 
 # Questions without answer

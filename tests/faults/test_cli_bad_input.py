@@ -154,10 +154,6 @@ UNUSABLE: dict[str, tuple[bytes, tuple[str, ...]]] = {
         rows("a,b", *(f"{i},{i % 2}" for i in range(30))),
         ("no column looks like the text", "'a' (whole numbers", "--text-column"),
     ),
-    "no label": (
-        rows("text,note", *(f"some text {i},a note of {i} words" for i in range(30))),
-        ("no column looks like the label", "--label-column"),
-    ),
     "floats": (
         rows("text,score", *(f"some text {i},0.{i}" for i in range(30))),
         ("holds decimal numbers (0.0, line 2)", "regression is another task"),

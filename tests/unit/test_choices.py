@@ -17,6 +17,7 @@ from hasten.task.registry import TASKS
 FACTS = st.builds(
     DataFacts,
     architecture=st.sampled_from(["encoder", "decoder", "encoder_decoder"]),
+    head=st.sampled_from(["classification", "language_modelling", "span"]),
     num_examples=st.integers(1, 10**7),
     num_classes=st.integers(1, 50_000),
     num_tokens=st.integers(1, 10**9),

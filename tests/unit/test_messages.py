@@ -50,7 +50,7 @@ YES = {"role": "assistant", "content": "yes"}
         ("hello", "the messages are not JSON"),
         ('{"role": "user"}', "the messages are not a list of at least one"),
         (7, "the messages are not a list of at least one"),
-        ([YES, "hi"], "a message lacks a role or a content"),
+        ([YES, "hi"], "a message is not a JSON object"),
         ([YES, {"content": "hi"}], "a message lacks a role or a content"),
         ([YES, {"role": "user"}], "a message lacks a role or a content"),
         ([YES, {"role": "user", "content": None}], "a message lacks a role or a content"),

@@ -280,9 +280,9 @@ def choose_text_columns(
 
 
 def is_label_name(name: str) -> bool:
-    """Returns whether a column of this name is the label, whatever it holds."""
+    """Returns whether a column of this name is a label, whatever it holds."""
     words = [word for word in name_words(name) if not word.isdigit()]
-    return "".join(words) in STRONG_LABEL_NAMES
+    return "".join(words) in STRONG_LABEL_NAMES | WEAK_LABEL_NAMES
 
 
 def free_text_columns(sample: Sequence[Row], columns: Sequence[str]) -> tuple[str, ...]:

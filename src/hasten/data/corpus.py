@@ -4,7 +4,8 @@
                           bounds.npy   (R * k + 1,) int64: R rows of k texts each
                           labels.npy   (R,) int32 numbers into ``label_names``; -1 without label
                           lines.npy    (R,) int64 line of each row
-                          hashes.npy   (R,) uint64 of each row's text
+                          hashes.npy   (R,) uint64 of each row's texts
+                          groups.npy   (R,) uint64 of those that must not be held out apart
                           meta.json    names, counts, rejections
 
 The file is parsed once; tokenizer, token store and baseline read from here, in bounded memory.
@@ -29,7 +30,7 @@ from hasten.data.cache import cached, content_key
 from hasten.data.columns import CellError, label_of, resolve_columns
 from hasten.data.rows import Cell, Rejected, RowFile
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Reading:
         read_row: the cells of ``columns`` -> the texts of a row, of the same number in every row;
             raises ``CellError`` with the reason why a row cannot be used.
         is_continuous: whether the rows are one text cut into pieces.
+        group_texts: rows that agree in so many of their first texts, such as questions about one
+            context, are held out together; 0 for all of them.
     """
 
     task: str
@@ -52,6 +55,7 @@ class Reading:
     label: str | None
     read_row: Callable[[Sequence[Cell]], tuple[str, ...]]
     is_continuous: bool = False
+    group_texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Corpus:
         label_names: labels in order of first appearance.
         labels: (R,) int32 numbers into ``label_names``; -1 without label.
         lines: (R,) int64 line of each row in its file.
-        hashes: (R,) uint64 hash of each row's text.
+        hashes: (R,) uint64 hash of each row's texts.
+        groups: (R,) uint64 hash of what rows that are held out together share.
         rejected: the rows not used.
         files: name of each file and the number of its first row.
         folder: where the arrays lie.
@@ -82,6 +87,7 @@ class Corpus:
     labels: np.ndarray
     lines: np.ndarray
     hashes: np.ndarray
+    groups: np.ndarray
     rejected: tuple[Rejected, ...]
     files: tuple[tuple[str, int], ...]
     folder: Path
@@ -197,7 +203,7 @@ def held_out_rows(corpus: Corpus, fraction: float) -> np.ndarray:
     counts = np.bincount(labels, minlength=len(names))
     rank = np.empty(len(names), dtype=np.int64)
     rank[sorted(range(len(names)), key=lambda i: (counts[i], names[i]))] = range(len(names))
-    hashes, text_of_row = np.unique(corpus.hashes, return_inverse=True)
+    hashes, text_of_row = np.unique(corpus.groups, return_inverse=True)
     stratum = np.full(len(hashes), len(names))
     np.minimum.at(stratum, text_of_row, rank[labels])
     held = np.zeros(len(hashes), dtype=bool)
@@ -232,6 +238,7 @@ def _build(
     """Parses the files once and writes the arrays; see the module's picture."""
     num_columns = len(reading.columns)
     bounds, labels, lines, hashes = array("q", [0]), array("i"), array("q"), array("Q")
+    groups = array("Q")
     label_ids: dict[str, int] = {}
     rejected: list[tuple[int, int, str]] = []
     firsts: list[int] = []
@@ -253,18 +260,17 @@ def _build(
                 except CellError as error:
                     rejected.append((number, row.line, str(error)))
                     continue
-                digest = hashlib.blake2b(digest_size=8)
-                for text in texts:
-                    digest.update(text + b"\x00")
-                    bounds.append(bounds[-1] + blob.write(text))
+                bounds.extend(itertools.accumulate(map(blob.write, texts), initial=bounds.pop()))
                 labels.append(-1 if label is None else label_ids.setdefault(label, len(label_ids)))
                 lines.append(row.line)
-                hashes.append(int.from_bytes(digest.digest(), "little"))
+                hashes.append(_hash(texts))
+                groups.append(_hash(texts[: reading.group_texts or len(texts)]))
     for name, values, dtype in (
         ("bounds", bounds, np.int64),
         ("labels", labels, np.int32),
         ("lines", lines, np.int64),
         ("hashes", hashes, np.uint64),
+        ("groups", groups, np.uint64),
     ):
         np.save(folder / f"{name}.npy", np.frombuffer(values, dtype=dtype))
     named = [files[0].columns[i] for i in indices[0]]
@@ -277,6 +283,11 @@ def _build(
         "firsts": firsts,
     }
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+
+
+def _hash(texts: Sequence[bytes]) -> int:
+    digest = hashlib.blake2b(b"".join(text + b"\x00" for text in texts), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _load(folder: Path, names: list[str], key: str) -> Corpus:
@@ -292,6 +303,7 @@ def _load(folder: Path, names: list[str], key: str) -> Corpus:
         labels=np.load(folder / "labels.npy", mmap_mode="r"),
         lines=np.load(folder / "lines.npy", mmap_mode="r"),
         hashes=np.load(folder / "hashes.npy", mmap_mode="r"),
+        groups=np.load(folder / "groups.npy", mmap_mode="r"),
         rejected=tuple(Rejected(names[i], line, reason) for i, line, reason in meta["rejected"]),
         files=tuple(zip(names, meta["firsts"], strict=True)),
         folder=folder,

@@ -12,6 +12,7 @@ from hasten.data.columns import CellError
 from hasten.data.rows import Cell
 
 LEARNED_ROLE = "assistant"
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 def messages_of(cells: Sequence[Cell]) -> tuple[str, ...]:
@@ -30,9 +31,11 @@ def messages_of(cells: Sequence[Cell]) -> tuple[str, ...]:
         raise CellError("the messages are not a list of at least one")
     turns: list[str] = []
     for message in cell:
-        role, content = (
-            (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
-        )
+        if not isinstance(message, dict):
+            raise CellError("a message is not a JSON object")
+        role = message.get("role", message.get("from"))  # the second as ShareGPT names it
+        content = message.get("content", message.get("value"))
+        role = _ROLES.get(role, role) if isinstance(role, str) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise CellError("a message lacks a role or a content")
         if not content.strip():

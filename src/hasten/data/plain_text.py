@@ -19,7 +19,7 @@ from hasten.data.source import Row, RowFile, Source, named_errors
 
 TextRows = Literal["blocks", "lines"]
 
-BLOCK_CHARACTERS = 4096
+BLOCK_CHARACTERS = 1024
 MAX_BLOCK_CHARACTERS = 1 << 16
 _LINE_END_BEFORE_TEXT = re.compile(r"\n(?=\S)")
 
@@ -29,7 +29,7 @@ def open_text(source: Source, text_rows: TextRows, notes: list[str]) -> RowFile:
 
     Args:
         source: the file.
-        text_rows: ``blocks``: the exact text in consecutive blocks of about 4,096 characters,
+        text_rows: ``blocks``: the exact text in consecutive blocks of about 1,024 characters,
             whose concatenation is the file (less a byte order mark); each ends after a line end
             that is followed by a character other than white space, or at 65,536 characters where
             no such place comes before. ``lines``: each line without its line end is a row, empty

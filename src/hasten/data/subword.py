@@ -182,13 +182,18 @@ class Words:
         self.symbols: list[tuple[int, ...]] = []
         self._numbers: dict[str, int] = {}
         self._unknown = unknown_id(tokenizer)
-        special = {n: t for n, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        reads_names = not tokenizer.encode_special_tokens
+        special = {
+            number: token
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special and reads_names
+        }
         self._special = {token.content: number for number, token in special.items()}
         patterns = (r"\s*" * t.lstrip + re.escape(t.content) for t in special.values())
         self._split = re.compile("|".join(patterns) or "(?!)")
 
     def numbers(self, text: str) -> list[int]:
-        """Returns the number of each word of a text; names of special tokens are these tokens."""
+        """Returns the number of each word; special tokens are words where they are read as such."""
         found, at = list[int](), 0
         for match in self._split.finditer(text):
             found += [

@@ -27,7 +27,7 @@ from hasten.data.corpus import Corpus
 from hasten.data.messages import learned_turns, read_messages
 from hasten.data.tokenizer import CLASS, SEPARATOR, token_named, unknown_id
 
-_FORMAT = 3
+_FORMAT = 4
 _CHUNK = 1000
 
 

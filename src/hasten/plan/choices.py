@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hasten.config.load import replace_values
 from hasten.config.schema import RunConfig, settled
@@ -48,6 +48,7 @@ class DataFacts:
 
     Attributes:
         architecture: encoder, decoder or encoder_decoder.
+        head: classification, language_modelling or span.
         num_examples: training examples.
         num_classes: labels, among which each example chooses.
         num_tokens: tokens of one epoch.
@@ -57,7 +58,8 @@ class DataFacts:
         has_merges: whether the tokenizer is a plain BPE, so that merges can be skipped.
     """
 
-    architecture: str
+    architecture: Literal["encoder", "decoder", "encoder_decoder"]
+    head: Literal["classification", "language_modelling", "span"]
     num_examples: int
     num_classes: int
     num_tokens: int
@@ -79,7 +81,7 @@ class Choice:
 def choose(config: RunConfig, facts: DataFacts) -> tuple[RunConfig, list[Choice]]:
     """Returns the configuration without any ``auto``, and what was chosen and why."""
     choices: list[Choice] = []
-    size = _classifier_size if facts.architecture == "encoder" else _generator_size
+    size = _SIZES[facts.head]
     for rules in (size, _heads, _training_choices, _averaging_choices):
         # Each set of rules sees what the ones before it chose.
         config, chosen = _apply(config, rules(config, facts))
@@ -154,6 +156,18 @@ def _generator_size(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     yield Choice("data.augment", ("none",), "off unless asked for")
 
 
+def _span_size(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
+    """Size and dropout of what finds answers: from scratch, dropout keeps it from beginning."""
+    tokens = f"{facts.num_tokens:,} training tokens"
+    layers, width = (2, 128) if facts.num_tokens < _LITTLE_TEXT else (4, 256)
+    yield Choice("model.num_layers", layers, tokens)
+    yield Choice("model.hidden_size", width, tokens)
+    yield Choice("model.dropout", 0.1, "spans of a context")
+    yield Choice("model.head_dropout", 0.0, "scores of tokens have none")
+    yield Choice("model.token_dropout", 0.0, "an answer's tokens are needed")
+    yield Choice("data.augment", ("none",), "answers would lose their places")
+
+
 def _heads(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     width = settled(config.model.hidden_size)
     wanted = max(1, round(width / (64 if width > 128 else 32)))
@@ -209,3 +223,10 @@ def _averaging_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     yield Choice("train.ema_decay", round(1 - 1 / horizon, 6), reason)
     if facts.has_validation:
         yield Choice("eval.patience", 4, "evaluations without progress")
+
+
+_SIZES = {
+    "classification": _classifier_size,
+    "language_modelling": _generator_size,
+    "span": _span_size,
+}

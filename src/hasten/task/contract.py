@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from hasten.core.batch import PackedBatch
+from hasten.core.errors import UsageError
 from hasten.data.augment import Augmentation
 from hasten.data.corpus import Corpus, Reading
 from hasten.data.examples import Examples
@@ -118,11 +119,20 @@ class PredictSettings:
         decoding: how to search, for tasks that generate.
         stop: strings that end an output; they are not part of it.
         stream: told each piece of a single output as soon as it is known.
+        first_example: number of the first row, on which what is drawn at random depends.
+
+    Raises:
+        UsageError: an empty stop string, which would end every output.
     """
 
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
     stop: tuple[str, ...] = ()
     stream: Say | None = None
+    first_example: int = 0
+
+    def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise UsageError("an empty stop string would end every output; leave it out.")
 
     def stop_rule(
         self, to_text: Callable[[int, tuple[int, ...]], str]
@@ -183,7 +193,9 @@ class Task(ABC):
         architecture: of the model that learns it.
         higher_is_better: for each metric that a model can be judged by.
         default_metric: the one that it is judged by where none is named.
+        decoded_metrics: those of them that ``decode`` measures.
         uses: names of the ``TaskSettings`` that it honours.
+        takes_label: whether ``--label-column`` names one of its columns.
         generates: whether its predictions are decoded token by token.
         exact_text: whether tokens must give back a text to the letter, white space included.
         split_han: whether a tokenizer trained for it keeps Han characters apart.
@@ -196,10 +208,12 @@ class Task(ABC):
     architecture: ClassVar[Literal["encoder", "decoder", "encoder_decoder"]]
     higher_is_better: ClassVar[dict[str, bool]]
     default_metric: ClassVar[str]
+    decoded_metrics: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]]
     exact_text: ClassVar[bool] = False
     split_han: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    takes_label: ClassVar[bool] = False
     prediction_columns: ClassVar[tuple[str, ...]]
 
     reading: Reading

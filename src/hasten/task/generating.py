@@ -100,12 +100,14 @@ class OutputRules:
         banned_ids: tokens never to be chosen.
         stop: called with the number of the prompt and its new tokens; true ends it there.
         on_token: called with the number of the prompt and each new token.
+        first_example: number of the first prompt, on which what is drawn at random depends.
     """
 
     end_ids: frozenset[int] = frozenset()
     banned_ids: Sequence[int] = ()
     stop: Callable[[int, tuple[int, ...]], bool] | None = None
     on_token: Callable[[int, int], None] | None = None
+    first_example: int = 0
 
 
 def decode_sequences(
@@ -147,7 +149,10 @@ def decode_sequences(
         results = generate(
             CachedDecoder(model, batch.to(machine.device)),
             settings,
-            [Request(i, prompts[i], None if limits is None else limits[i]) for i in chunk],
+            [
+                Request(rules.first_example + i, prompts[i], None if limits is None else limits[i])
+                for i in chunk
+            ],
             end_ids=rules.end_ids,
             banned_ids=rules.banned_ids,
             stop=_for_chunk(rules.stop, chunk),

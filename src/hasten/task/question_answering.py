@@ -124,6 +124,7 @@ class QuestionAnswering(Task):
     default_metric = "f1"
     uses = frozenset({"label_smoothing", "max_length", "stride"})
     prediction_columns = ("answer", "score", "start")
+    takes_label = True
     split_han = True
 
     def __init__(
@@ -161,7 +162,7 @@ class QuestionAnswering(Task):
         columns = tuple(columns) if label is None else (*columns[:2], label)
         if len(columns) < 3:
             raise UsageError("name the column of answers too (--label-column).")
-        return Reading(cls.name, form, columns, None, read_question)
+        return Reading(cls.name, form, columns, None, read_question, group_texts=1)
 
     @classmethod
     def check_corpus(cls, corpus: Corpus) -> None:

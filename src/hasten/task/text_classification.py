@@ -144,6 +144,7 @@ class TextClassification(Task):
         }
     )
     prediction_columns = ("label", "probability")
+    takes_label = True
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class TextClassification(Task):
         except DataError:
             # What is wrong with a column that is called the label is for this task to say.
             named = next((name for name in file.columns if is_label_name(name)), None)
-            if named is None:
+            if named is None or len(file.columns) == 1:
                 return None
             return Recognised(Certainty.CONTENTS, f"a column is called '{named}'")
         return Recognised(Certainty.CONTENTS, f"the column '{found.label}' holds labels")

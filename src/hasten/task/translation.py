@@ -141,6 +141,7 @@ class Translation(Task):
         "token_error_rate": False,
     }
     default_metric = "loss"
+    decoded_metrics = frozenset({"bleu", "chrf", "exact_match", "token_error_rate"})
     uses = frozenset({"label_smoothing", "max_length", "shared_vocabulary"})
     prediction_columns = ("translation", "score")
     generates = True
@@ -360,6 +361,7 @@ class Translation(Task):
                 end_ids=frozenset({end}),
                 banned_ids=[i for i in special_token_ids(tokenizer) if i != end],
                 stop=stop,
+                first_example=settings.first_example if settings else 0,
             ),
         )
 

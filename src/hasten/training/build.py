@@ -78,12 +78,7 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
     if config.task == "auto":
         choices.append(Choice("task", task.name, sources.task_reason))
     config, of_task = choose_for_task(config, task.name, task.architecture, task.default_metric)
-    if config.eval.metric not in task.higher_is_better:
-        names = task.higher_is_better
-        raise UsageError(
-            f"eval.metric '{config.eval.metric}' is not measured in {task.name}; there are "
-            f"{', '.join(names)}.{nearest(config.eval.metric, names)}"
-        )
+    _check_evaluation(config, task)
     warn_about_rows(sources, observer)
     data = prepare_data(config, sources, observer)
     choices += data.choices
@@ -96,10 +91,34 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
     return Plan(config, choices, with_drawing(data, config), device)
 
 
+def _check_evaluation(config: RunConfig, task: type[Task]) -> None:
+    """Refuses what would only come to light at the first evaluation, or the last.
+
+    Raises:
+        UsageError: naming the key.
+    """
+    settings, metrics = config.eval, task.higher_is_better
+    if settings.metric not in metrics:
+        raise UsageError(
+            f"eval.metric '{settings.metric}' is not measured in {task.name}; there are "
+            f"{', '.join(metrics)}.{nearest(settings.metric, metrics)}"
+        )
+    if settings.metric in task.decoded_metrics and not settings.decode_examples:
+        raise UsageError(
+            f"eval.metric '{settings.metric}' is measured by decoding: set eval.decode_examples "
+            "above 0."
+        )
+    if settings.num_beams == 1 and settings.length_penalty != 1:
+        raise UsageError(
+            "eval.length_penalty compares beams: set eval.num_beams above 1, or leave it out."
+        )
+
+
 def _facts(data: PreparedData) -> DataFacts:
     train = data.splits["train"]
     return DataFacts(
         architecture=data.task.architecture,
+        head=data.task.model_options()["head"],
         num_examples=len(train),
         num_classes=data.task.num_classes,
         num_tokens=int(train.lengths.sum()),

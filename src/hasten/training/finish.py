@@ -14,7 +14,7 @@ from hasten.model.transformer import Transformer
 from hasten.task.contract import Machine
 from hasten.training.build import Plan
 from hasten.training.checkpoint import copy_into
-from hasten.training.evaluate import evaluate
+from hasten.training.evaluate import evaluate, measure
 from hasten.training.loop import Loop
 from hasten.training.saved import SavedModel, save_model
 
@@ -33,11 +33,14 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
     decoding = DecodingSettings(
         num_beams=settled(config.eval.num_beams), length_penalty=config.eval.length_penalty
     )
+    machine = Machine(parts.device, parts.settings.micro_batch_tokens)
+    validation = data.splits["validation"]
+    if len(validation):
+        data.task.calibrate(lambda: measure(parts.model, data.task, validation, machine))
     save_model(loop.folder / "model", SavedModel(parts.model, data.task, decoding))
     result: dict[str, Any] = {"run": str(loop.folder), "task": data.task.name}
     result["input_columns"] = list(data.task.input_columns)
     judged = data.splits["train"]
-    machine = Machine(parts.device, parts.settings.micro_batch_tokens)
     for name in ("validation", "test"):
         split = data.splits.get(name)
         if split is not None and len(split):

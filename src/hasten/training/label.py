@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from hasten.config.schema import DataConfig
 from hasten.core.errors import UsageError
 from hasten.core.files import machine_errors
-from hasten.data.columns import CellError, resolve_columns, texts_of
+from hasten.data.columns import CellError, resolve_columns, text_of, texts_of
 from hasten.data.rows import Rejected, RowFile
 from hasten.task.contract import PredictSettings
 from hasten.training.run import Run, columns_of, rows_of
@@ -100,7 +100,8 @@ def _label_chunk(
                 problems.append(f"{row.file}, line {row.line}: {row.reason}; left out")
             continue
         try:
-            texts.append(texts_of(row.cells, at))
+            texts_of(row.cells, at)  # whether there is any text
+            texts.append(tuple(_as_text(row.cells[i]) for i in at))
             kept.append((row.cells, True))
         except CellError as error:
             counts["num_unlabelled"] += 1
@@ -120,6 +121,11 @@ def _predicted(run: Run, settings: PredictSettings | None) -> tuple[str, ...]:
     """The keys of a prediction that become columns; further outputs are a column of lists."""
     has_more = settings is not None and settings.decoding.num_return > 1
     return (*run.task.prediction_columns, *(["alternatives"] if has_more else []))
+
+
+def _as_text(cell: Any) -> str:
+    """Returns a cell with its white space, in which a task may count places."""
+    return cell if isinstance(cell, str) else "" if cell is None else text_of(cell)
 
 
 def _columns(run: Run, file: RowFile) -> tuple[str, ...]:

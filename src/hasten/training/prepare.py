@@ -85,7 +85,7 @@ def prepare_data(
         cut = splits[name].num_truncated
         if cut and (name == "train" or corpus is not train):
             observer.warn(
-                f"{corpus.name}: {cut:,} examples are longer than {settings.max_length} tokens and "
+                f"{corpus.name}: {cut:,} texts are longer than {settings.max_length} tokens and "
                 "were cut (--tokenizer.max_length)"
             )
     return PreparedData(sources, task, splits, tuple(choices))

@@ -124,8 +124,8 @@ class Run:
             UsageError: an option that is not known, contradicts another, or has no effect on
                 the run's task.
         """
-        if (options or stop) and not self.task.generates:
-            names = ", ".join([*options, *(["stop"] if stop else [])])
+        if (options or stop or stream) and not self.task.generates:
+            names = ", ".join([*options, *["stop"] * bool(stop), *["stream"] * bool(stream)])
             raise UsageError(f"{names}: no effect on {self.task.name}, which generates no text.")
         known = {field.name for field in dataclasses.fields(DecodingSettings)}
         for name in options:
@@ -142,7 +142,7 @@ class Run:
         self, rows: Iterable[Sequence[str]], settings: PredictSettings | None = None
     ) -> Iterator[dict[str, Any]]:
         """Predicts rows of text cells one chunk at a time, in bounded memory."""
-        iterator = iter(rows)
+        iterator, settings = iter(rows), settings or self.settings()
         columns = self.task.input_columns
         machine = Machine(self.device, _BATCH_TOKENS)
         while chunk := list(itertools.islice(iterator, _CHUNK_TEXTS)):
@@ -157,8 +157,10 @@ class Run:
                     self.saved.model,
                     [tuple(row) for row in chunk],
                     machine,
-                    settings or self.settings(),
+                    settings,
                 )
+            first = settings.first_example + len(chunk)
+            settings = dataclasses.replace(settings, first_example=first)
 
     def evaluate(
         self,
@@ -188,10 +190,10 @@ class Run:
         """
         observer, options = observer or Silent(), reading or DataConfig()
         task, own = self.task, self.task.reading
-        wanted = task.reading_of(
-            own.form, tuple(text_columns or own.columns), label_column or own.label
-        )
         with rows_of(path, options) as file, columns_of(file):
+            is_pair = file.format == "aligned" and len(own.columns) == 2
+            columns = text_columns or (file.columns if is_pair else own.columns)
+            wanted = task.reading_of(own.form, tuple(columns), label_column or own.label)
             corpus = open_corpus([file], wanted)
         check_rejected(corpus, options.max_rejected_fraction)
         for rejected in corpus.rejected[:5]:
@@ -245,7 +247,8 @@ def columns_of(file: RowFile) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(
-            f"{file.display_name}: {error} Name other columns with --text-column, --label-column."
+            f"{file.display_name}: {error} Other columns are named with --text-column and, where "
+            "there are labels, --label-column."
         ) from None
 
 

@@ -31,12 +31,13 @@ from hasten.data.corpus import (
 )
 from hasten.data.inspection import ChosenReading
 from hasten.data.rows import Rejected, Row, RowFile, open_rows
-from hasten.task.contract import Task, WantedColumns
+from hasten.task.contract import Certainty, Recognised, Task, WantedColumns
 from hasten.task.registry import TASKS, task_named
 from hasten.training.observe import Observer
 
 _SAMPLE_ROWS = 1000
 _FEW_EXAMPLES = 10
+_NAMED_LABEL = Recognised(Certainty.CONTENTS, "--label-column names a column")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ def open_sources(config: RunConfig, observer: Observer) -> Sources:
     reading, reasons = task.choose_reading(files[0], sample, wanted)
     for reason in reasons:
         observer.note(reason)
+    read = {*reading.columns, reading.label}
+    unread = [name for name in files[0].columns if name not in read]
+    if unread:
+        observer.note(f"columns not read: {', '.join(unread[:10])}{' ...' * (len(unread) > 10)}")
     corpora = {"train": open_corpus(_checked(files, reading), reading)}
     for name in ("validation", "test"):
         if others := open_split(data, name):
@@ -188,14 +193,16 @@ def _choose_task(
 ) -> tuple[type[Task], str]:
     if wanted != "auto":
         return task_named(wanted), "as asked for"
-    named = [
-        (columns.source or columns.target, "translation", "--source and --target name columns"),
-        (columns.label, "text-classification", "--label-column names a column"),
-    ]
-    for is_named, name, reason in named:
-        if is_named and name in TASKS:
-            return TASKS[name], reason
+    if columns.source or columns.target:
+        return TASKS["translation"], "--source and --target name columns"
     found = [(task, task.recognise(file, sample)) for task in TASKS.values()]
+    if columns.label:  # answers can be called labels too, where questions are plain to see
+        found = [
+            (task, recognised if recognised and recognised.certainty >= Certainty.NAMES else None)
+            for task, recognised in found
+            if task.takes_label
+        ]
+        found.append((TASKS["text-classification"], _NAMED_LABEL))
     sure = [(recognised, task) for task, recognised in found if recognised is not None]
     if not sure:  # the first task says best what it misses
         return next(iter(TASKS.values())), "the file fits no other task either"
@@ -230,6 +237,8 @@ def _hold_out(
         held = held_out_rows(train, fraction)
         how = f"{held.sum():,} rows of {train.name} held out by a hash of their text"
         how += f", {fraction:.0%} of each class" * (reading.label is not None)
+    if not held.any():
+        how = "none: too little to hold any out, or none wanted (--validation FILE gives some)"
     observer.note(f"validation: {how}")
     return np.flatnonzero(~held), np.flatnonzero(held)
 
