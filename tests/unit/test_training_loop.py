@@ -561,7 +561,7 @@ def test_every_model_setting_reaches_the_model(task: str, data_file: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("task", "name"), [(task, name) for task, names in ELSEWHERE.items() for name in names]
+    ("task", "name"), [(task, name) for task, names in ELSEWHERE.items() for name in sorted(names)]
 )
 def test_a_setting_without_effect_is_refused(task: str, name: str, data_file: Path, tmp_path: Path):
     columns = {"data.source": "text", "data.target": "label"} if task == "translation" else {}
