@@ -79,6 +79,17 @@ def known_keys() -> list[str]:
     return keys
 
 
+def unsettled_keys(config: RunConfig) -> list[str]:
+    """Returns the dotted keys that are still ``auto``, of which a run's own file has none."""
+    values = config.model_dump()
+    found = []
+    for key in known_keys():
+        section, _, name = key.rpartition(".")
+        if (values[section] if section else values)[name] in ("auto", ("auto",)):
+            found.append(key)
+    return found
+
+
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Returns the dotted keys whose values differ."""
     first, second = old.model_dump(), new.model_dump()

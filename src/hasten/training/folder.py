@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hasten.config.load import build_config, config_to_yaml, replace_values
+from hasten.config.load import build_config, config_to_yaml, replace_values, unsettled_keys
 from hasten.config.schema import DataConfig, RunConfig
 from hasten.core.errors import (
     DamagedError,
@@ -129,6 +129,10 @@ def read_folder(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except (UsageError, OSError, ValueError) as error:
         raise DamagedError(f"{folder} cannot be read: {error}") from None
+    if left := unsettled_keys(config):
+        raise DamagedError(
+            f"{folder} cannot be read: config.yaml is not whole, {left[0]} has no value."
+        )
     return config, data
 
 
