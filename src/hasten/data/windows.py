@@ -60,10 +60,20 @@ class WindowForm:
         max_length: tokens of a window in all, at least 8. A question takes at most half of them.
         overlap: tokens of the context that neighbouring windows share; at most half of what a
             window holds of the context.
+        marks_matches: whether token types tell which tokens of the context are in the question
+            too. A model that was not pretrained hardly finds that out from a few thousand
+            questions (the exact-match feature of Chen et al., "Reading Wikipedia to Answer
+            Open-Domain Questions", 2017; pairs of tokens are ours).
     """
 
     max_length: int = 512
     overlap: int = 128
+    marks_matches: bool = True
+
+    @property
+    def num_token_types(self) -> int:
+        """How many token types ``Windows.pack`` gives."""
+        return 4 if self.marks_matches else 2
 
     @property
     def max_question(self) -> int:
@@ -243,7 +253,9 @@ class Windows:
     def pack(self, windows: np.ndarray, weight: float = 1.0) -> PackedBatch:
         """Lays windows end to end; their numbers are the batch's example ids.
 
-        Token types are 1 in the context and 0 before it; targets are (S, 2), see ``targets``.
+        Token types are 0 before the context and 1 in it; with ``form.marks_matches`` 2 where a
+        token of the context is in the question too, 3 where it is there beside the same
+        neighbour. Targets are (S, 2), see ``targets``.
 
         Args:
             windows: (S,) their numbers, in the order in which they are laid down.
@@ -261,6 +273,10 @@ class Windows:
         starts = passages.context_offsets[passages.contexts[rows]] + self.firsts[windows]
         ids[in_context] = passages.context_ids[places_of(starts, lengths - heads)]
         types[in_context] = 1
+        if self.form.marks_matches:
+            contexts = np.split(ids[in_context], np.cumsum(lengths - heads)[:-1])
+            questions = np.split(ids[in_question], np.cumsum(heads - _NUM_SPECIAL)[:-1])
+            types[in_context] += np.concatenate(list(map(_matches, contexts, questions)))
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions_from_lengths(lengths.tolist())),
@@ -287,6 +303,16 @@ class Windows:
 
 
 _ARRAYS = tuple(Passages.__annotations__)
+
+
+def _matches(context: np.ndarray, question: np.ndarray) -> np.ndarray:
+    """Returns 0, 1 or 2 for each token: not in the question; in it; in it with a neighbour."""
+    found = np.isin(context, question).astype(np.int64)
+    # One number for each pair of neighbours.
+    pairs, asked = ((ids[:-1] << 32) + ids[1:] for ids in (context, question))
+    is_pair = np.isin(pairs, asked)
+    found[:-1][is_pair] = found[1:][is_pair] = 2
+    return found
 
 
 def _joined_ids(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -252,7 +252,7 @@ class QuestionAnswering(Task):
         return {
             "vocab_size": self.tokenizers[0].get_vocab_size(),
             "max_positions": self.form.max_length,
-            "num_token_types": 2,
+            "num_token_types": self.form.num_token_types,
             "head": "span",
         }
 
@@ -475,6 +475,13 @@ class SpanMeter(Meter):
         self._windows = int(windows)
         for name in state.keys() - {"sums"}:
             getattr(self._best, name)[:] = state[name].numpy()
+
+    def merged(self, states: Sequence[Mapping[str, Tensor]]) -> Self:
+        """Takes for each question the best span that any process found."""
+        self.load({**states[0], "sums": torch.stack([state["sums"] for state in states]).sum(0)})
+        for state in states[1:] if self._examples is not None else ():
+            self._best.merge(*(state[name].numpy() for name in _FOUND))
+        return self
 
     def _texts(self) -> Iterator[tuple[str, ...]]:
         assert self._examples is not None
