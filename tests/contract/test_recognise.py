@@ -237,6 +237,18 @@ CASES = {
         ("instruction", "output"),
         "pair",
     ),
+    "instruction,input,output": Case(
+        lambda folder: lines(
+            folder,
+            instruction=said(1),
+            input=[text if i % 3 else "" for i, text in enumerate(said(2))],
+            output=said(3),
+        ),
+        GENERATION,
+        "'instruction', 'input' and 'output'",
+        ("instruction", "input", "output"),
+        "instruction",
+    ),
     "question,answer": Case(
         lambda folder: table(folder, question=said(1), answer=said(2)),
         GENERATION,

@@ -24,6 +24,7 @@ from hasten.data.tokenizer import train_tokenizer
 from hasten.model.heads import TokenOutputs
 from hasten.task.contract import TaskSettings, WantedColumns
 from hasten.task.text_generation import TextExamples, TextGeneration
+from hasten.training.label import label_file
 from hasten.training.sources import sample_rows
 
 PAIRS = [
@@ -56,13 +57,20 @@ OVERFIT: dict[str, Any] = {
     "optim.weight_decay": 0.0,
     "eval.patience": 0,
 }
-FORMS = ("text", "documents", "pair", "question", "messages")
+ASKED = ("pair", "question", "instruction", "messages")
+FORMS = ("text", "documents", *ASKED)
 Texts = str | tuple[str, ...]
 
 
 def chat(*said: str) -> list[dict[str, str]]:
     roles = ("user", "assistant")
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+def instructions(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """An instruction and its input for each pair, every other one without input."""
+    prompts = [prompt for prompt, _ in pairs]
+    return [(f"{p[0]}?", p) if i % 2 else (p, "") for i, p in enumerate(prompts)]
 
 
 def write_form(folder: Path, form: str, pairs: Sequence[tuple[str, str]]) -> Path:
@@ -75,6 +83,11 @@ def write_form(folder: Path, form: str, pairs: Sequence[tuple[str, str]]) -> Pat
     if form == "question":
         rows = [(prompt, f"{prompt[0]}?", response) for prompt, response in pairs]
         return write_rows(folder / "question.csv", rows, ("context", "question", "answer"))
+    if form == "instruction":
+        rows = [
+            (*row, response) for row, (_, response) in zip(instructions(pairs), pairs, strict=True)
+        ]
+        return write_rows(folder / "instruction.csv", rows, ("instruction", "input", "output"))
     if form == "messages":
         path = folder / "messages.jsonl"
         lines = [json.dumps({"messages": chat(*pair)}) + "\n" for pair in pairs]
@@ -113,6 +126,8 @@ def prompts_of(form: str) -> list[Texts]:
         return [ALPHABET[0], ALPHABET[5:12], ALPHABET[:40]]
     if form == "question":
         return [(prompt, f"{prompt[0]}?") for prompt, _ in PAIRS]
+    if form == "instruction":
+        return list[Texts](instructions(PAIRS))
     return [f"{prompt}:" if form == "documents" else prompt for prompt, _ in PAIRS]
 
 
@@ -174,7 +189,7 @@ def test_every_kind_of_model_learns_eight_examples(settings: dict[str, Any], tmp
     assert predict(run, prompts_of("pair")) == expected_of("pair")
 
 
-@pytest.mark.parametrize("form", ["pair", "question", "messages"])
+@pytest.mark.parametrize("form", ASKED)
 def test_scores_agree_with_the_evaluation(form: str, runs: dict[str, hasten.Run]):
     """Responses are found token by token, and are what the evaluation reads in one go."""
     run = runs[form]
@@ -200,7 +215,7 @@ def test_predictions_do_not_depend_on_their_company(form: str, runs: dict[str, h
 @pytest.mark.parametrize("form", FORMS)
 def test_odd_prompts_are_continued_too(form: str, runs: dict[str, hasten.Run]):
     odd = ["", " ", "\n", "\u0000", "q\u0301", "[CLS] [PAD] [SEP]", "👩‍👩‍👧", "x" * 100]
-    texts = [(text, text) for text in odd] if form == "question" else odd
+    texts = [(text, text) for text in odd] if form in ("question", "instruction") else odd
     for found in runs[form].predict(texts, max_new_tokens=5):
         assert isinstance(found["generated"], str) and math.isfinite(found["score"])
         assert not any(name in found["generated"] for name in ("[CLS]", "[PAD]", "[UNK]"))
@@ -316,7 +331,7 @@ def test_only_the_assistants_texts_are_learned_of_chats(tmp_path: Path):
     assert learned == ["x", "y", "z", "[SEP]", "y", "[SEP]", "x", "[SEP]"]
 
 
-@pytest.mark.parametrize("form", ["pair", "question", "messages"])
+@pytest.mark.parametrize("form", ASKED)
 def test_what_is_asked_is_no_part_of_the_loss(form: str, tmp_path: Path):
     """Other prompts of the same length have the same loss under the same scores."""
     losses, gradients, weights = [], [], []
@@ -382,7 +397,7 @@ def test_bits_per_byte_of_a_continuous_text_by_hand(runs: dict[str, hasten.Run],
     assert found["loss"] == pytest.approx(bits * math.log(2) / (len(text) - 1), rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["documents", "pair", "question", "messages"])
+@pytest.mark.parametrize("form", ["documents", *ASKED])
 def test_bits_per_byte_of_texts_by_hand(form: str, runs: dict[str, hasten.Run], tmp_path: Path):
     run = runs[form]
     pairs = [("ein Ei", "an ägg"), ("two", "zwei €"), ("a saw, a saw", "eine Säge")]
@@ -394,11 +409,12 @@ def test_bits_per_byte_of_texts_by_hand(form: str, runs: dict[str, hasten.Run], 
         return tokenizer.encode(text).ids
 
     bits = num_bytes = 0.0
-    for prompt, response in pairs:
+    for (prompt, response), (instruction, given) in zip(pairs, instructions(pairs), strict=True):
         if form == "documents":
             asked, answer = [begin], f"{prompt}: {response}"
-        elif form in ("pair", "question"):
-            asked = f"{prompt[0]}?\n{prompt}" if form == "question" else prompt
+        elif form != "messages":
+            joined = f"{instruction}\n\n{given}" if given else instruction
+            asked = {"question": f"{prompt[0]}?\n{prompt}", "instruction": joined}.get(form, prompt)
             asked, answer = [begin, *encode(asked), end], response
         else:
             parts = [encode(part) for part in ("user", prompt, "assistant")]
@@ -466,3 +482,127 @@ def test_chats_cannot_be_augmented(tmp_path: Path):
     with pytest.raises(UsageError, match=r"data\.augment has no effect on chat messages"):
         hasten.train(path, output=tmp_path / "run", settings=settings)
     assert not (tmp_path / "run").exists()
+
+
+# Files to predict
+
+
+def labelled(run: hasten.Run, rows: list[dict[str, Any]], **options: Any) -> tuple[Any, list[str]]:
+    """Writes rows, predicts them, and returns what became of them and what was warned of."""
+    path, output, warnings = run.folder.parent / "in.jsonl", run.folder.parent / "out.jsonl", []
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = run.settings(**options)
+    label_file(run, path, output, settings=settings, warn=warnings.append)
+    return [json.loads(line) for line in output.read_text("utf-8").splitlines()], warnings
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_the_rows_of_the_training_are_answered_in_a_file(form: str, runs: dict[str, hasten.Run]):
+    """The columns of a file are joined to the same prompts as in training."""
+    run = runs[form]
+    file = open_rows(run.folder.parent / f"{form}.{'jsonl' if form == 'messages' else 'csv'}")
+    rows = [dict(zip(file.columns, row.cells, strict=True)) for row in sample_rows(file)]
+    found, warnings = labelled(run, rows)
+    assert [row.pop("generated") for row in found] == expected_of(form) and not warnings
+    assert [row for row in found if row.pop("score")] == rows
+
+
+def test_a_file_to_predict_may_lack_the_column_of_inputs(runs: dict[str, hasten.Run]):
+    run = runs["instruction"]
+    both = zip(instructions(PAIRS), expected_of("instruction"), strict=True)
+    asked = [(row, text) for row, text in both if not row[1]]
+    for rows in (
+        [{"instruction": row[0]} for row, _ in asked],
+        [{"id": 1, "instruction": row[0]} for row, _ in asked],
+        [{"instruction": row[0], "input": None} for row, _ in asked],
+    ):
+        found, _ = labelled(run, rows)
+        assert [row["generated"] for row in found] == [text for _, text in asked]
+    assert predict(run, [row[0] for row, _ in asked]) == [text for _, text in asked]
+    (found,) = predict_in_new_process(run.folder, asked[0][0][0])
+    assert found["generated"] == asked[0][1]
+    with pytest.raises(UsageError, match=r"takes 2 texts .* \(instruction, input\)"):
+        run.predict([("a", "b", "c")])
+
+
+SAID = {"role": "user", "content": "an eagle "}
+ANSWER = {"role": "assistant", "content": "ein Adler"}
+SYSTEM = {"role": "system", "content": "one owl"}
+# chat -> what comes before the assistant's turn
+CHATS: dict[str, tuple[list[Any], list[str]]] = {
+    "user last": ([SAID], ["user", "an eagle"]),
+    "assistant last": ([SAID, ANSWER], ["user", "an eagle"]),
+    "an empty answer": ([SAID, {**ANSWER, "content": ""}], ["user", "an eagle"]),
+    "a system prompt": ([SYSTEM, SAID], ["system", "one owl", "user", "an eagle"]),
+    "several turns": (
+        [SAID, ANSWER, SYSTEM, ANSWER],
+        ["user", "an eagle", "assistant", "ein Adler", "system", "one owl"],
+    ),
+    "as ShareGPT": ([{"from": "human", "value": "figs"}], ["user", "figs"]),
+}
+
+
+def test_chats_are_answered_where_the_assistant_has_the_word(runs: dict[str, hasten.Run]):
+    """The score of the first token is what the model gives it after the chat, token by token."""
+    run = runs["messages"]
+    rows = [{"id": name, "messages": chat} for name, (chat, _) in CHATS.items()]
+    found, warnings = labelled(run, rows, max_new_tokens=1)
+    assert [{"id": row["id"], "messages": row["messages"]} for row in found] == rows
+    assert not warnings
+    tokenizer = run.task.tokenizers[0]
+    begin, end = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
+    for row, (chat, turns) in zip(found, CHATS.values(), strict=True):
+        ids = [begin]
+        for part in (*turns, "assistant"):
+            ids += [*tokenizer.encode(part).ids, end]
+        with torch.inference_mode():
+            outputs = run.saved.model(torch.tensor([ids]))
+            assert isinstance(outputs, TokenOutputs)
+            scores = outputs.scores().double().log_softmax(-1)[-1]
+        assert row["score"] == pytest.approx(scores.max().item(), abs=2e-6)
+        (said,) = run.predict([json.dumps(chat)], max_new_tokens=1)
+        assert said["generated"] == row["generated"]
+
+
+def test_a_text_is_what_the_user_says(runs: dict[str, hasten.Run]):
+    (asked, answer), run = PAIRS[6], runs["messages"]
+    for text in (asked, f" {asked}\n", json.dumps([{"role": "user", "content": asked}])):
+        assert predict(run, [text]) == [answer]
+    for text in ("[]", '["user", "an eagle"]', "7", "null", '{"role": "user"}'):
+        assert isinstance(predict(run, [text], max_new_tokens=2)[0], str)
+    with pytest.raises(UsageError, match="a message lacks a role or a content"):
+        run.predict(['[{"role": "user"}]'])
+
+
+def test_chats_that_cannot_be_answered_are_kept_and_named(runs: dict[str, hasten.Run]):
+    reasons = {
+        "there is no message before the assistant's": [ANSWER],
+        "the messages are not a list of at least one": [],
+        "a message is not a JSON object": ["an eagle"],
+        "a message lacks a role or a content": [{"role": "user"}],
+        "the content of a message of the user is empty": [{**SAID, "content": " "}],
+        "the text is empty": None,
+    }
+    rows = [{"messages": chat} for chat in [[SAID], *reasons.values()]]
+    assert len(reasons) == 6
+    found, warnings = labelled(runs["messages"], rows, max_new_tokens=2)
+    assert [row["messages"] for row in found] == [row["messages"] for row in rows]
+    assert [row["generated"] is None for row in found] == [False] + [True] * 6
+    expected = [f"line {n}: {reason}; no output" for n, reason in enumerate(reasons, start=2)]
+    assert [warning.partition(", ")[2] for warning in warnings] == expected[:5]
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_prompts_longer_than_the_model_stop_neither_training_nor_a_file(form: str, tmp_path: Path):
+    pairs = [(f"{prompt} " * 5 + str(i), response) for i, (prompt, response) in enumerate(PAIRS)]
+    path, observer = write_form(tmp_path, form, pairs), Recorder()
+    settings = {**OWN, "tokenizer.kind": "char", "tokenizer.max_length": 40, "train.epochs": 1}
+    run = hasten.train(
+        path, test=path, output=tmp_path / "run", settings=settings, observer=observer
+    )
+    assert run.result["test"]["samples"]
+    file = open_rows(path)
+    rows = [dict(zip(file.columns, row.cells, strict=True)) for row in sample_rows(file)]
+    found, warnings = labelled(run, rows, max_new_tokens=1)
+    assert [row["generated"] for row in found] == [None] * 8
+    assert "line " in warnings[0] and "longer than the model's 40 positions" in warnings[0]

@@ -15,8 +15,9 @@ import torch
 from other_processes import assert_resumes_exactly, predict_in_new_process
 
 import hasten
-from builders import TINY, Recorder, write_rows
-from hasten.core.errors import UsageError
+from builders import TINY, Recorder, labelled_rows, write_rows
+from hasten.config.load import build_config
+from hasten.core.errors import DataError, UsageError
 from hasten.data.aligned import open_aligned
 from hasten.data.augment import Augmentation
 from hasten.data.corpus import open_corpus
@@ -25,6 +26,8 @@ from hasten.data.tokenizer import train_tokenizer
 from hasten.model.heads import TokenOutputs
 from hasten.task.contract import Drawing, TaskSettings
 from hasten.task.translation import PairedExamples, Translation
+from hasten.training.back_translation import back_translate
+from hasten.training.sources import open_sources
 
 PAIRS = [
     ("a heron by the water", "ein Reiher am Wasser"),
@@ -373,3 +376,48 @@ def test_the_direction_is_that_of_the_columns(tmp_path: Path):
     assert run.task.reading.columns == ("de", "en") and run.task.input_columns == ("de",)
     with pytest.raises(UsageError, match="given twice"):
         hasten.train(path, output=tmp_path / "b", settings={**settings, "data.target": "de"})
+
+
+# More pairs
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_back_translated_pairs_are_trained_on_beside_line_aligned_files(
+    form: str, runs: dict[str, hasten.Run], tmp_path: Path
+):
+    """From English lines a run into German makes pairs for the other direction, German first."""
+    lines = tmp_path / "mono.txt"
+    lines.write_text("\n".join([SOURCES[6], "", f" {SOURCES[2]} "]) + "\n", encoding="utf-8")
+    table, warnings = tmp_path / "more.csv", list[str]()
+    counts = back_translate(runs[form], lines, table, warn=warnings.append)
+    assert (counts["num_pairs"], counts["num_rejected"]) == (2, 1)
+    assert warnings == [f"warning: {lines}, line 2: the text is empty; left out"]
+    header = {"aligned": "source,target", "columns": "de,en"}[form]
+    made = [(TARGETS[6], SOURCES[6]), (TARGETS[2], SOURCES[2])]
+    assert table.read_text("utf-8").splitlines() == [header, *map(",".join, made)]
+
+    english, german = write_aligned(tmp_path)
+    data = {"data.source": str(german), "data.target": str(english), "train.epochs": 2}
+    run = hasten.train(table, output=tmp_path / "run", settings={**OWN, **data})
+    kept = json.loads((run.folder / "data.json").read_text())
+    assert kept["rows"]["train"] == {"read": 10, "used": 10, "rejected": 0}
+    assert kept["columns"] == header.split(",")
+    assert [entry["path"] for entry in kept["files"]] == [str(table), str(german), str(english)]
+    texts = open_sources(build_config(file=run.folder / "config.yaml"), Recorder())
+    assert sorted(texts.corpora["train"].texts()) == sorted(
+        [*made, *((target, source) for source, target in PAIRS)]
+    )
+    measured = run.result["validation"]["loss"]
+    again = hasten.train(resume=run.folder)  # measured again, with the same rows held out
+    assert again.result["validation"]["loss"] == measured
+    english.write_text("changed\n" * 8)
+    with pytest.raises(DataError, match=r"x\.en has changed since the run began"):
+        hasten.train(resume=run.folder)
+
+
+def test_only_translations_translate_back(runs: dict[str, hasten.Run], tmp_path: Path):
+    labelled = write_rows(tmp_path / "l.csv", labelled_rows(40), ("text", "label"))
+    run = hasten.train(labelled, output=tmp_path / "run", settings=TINY)
+    with pytest.raises(UsageError, match="only translations turn back"):
+        back_translate(run, labelled, tmp_path / "more.csv", warn=print)
+    assert not (tmp_path / "more.csv").exists()

@@ -387,18 +387,19 @@ def test_lines_of_text_become_lines_of_outputs(trained: Path, cli: Cli):
         options = [] if name == "labels" else ["--max-new-tokens", "9"]
         ended = cli("predict", run, "--input", "in.txt", "--output", "out.txt", *options)
         assert (ended.code, ended.out) == (0, ""), ended.err
-        assert "line 2: the text is empty; no label" in ended.err
-        assert ended.last.startswith("out.txt: 4 ") and "1 without text" in ended.last
+        wanted, lacking = ("label", "text") if name == "labels" else ("output", "output")
+        assert f"line 2: the text is empty; no {wanted}" in ended.err
+        assert ended.last.startswith("out.txt: 4 ") and f"1 without {lacking}" in ended.last
         found = Path("out.txt").read_text(encoding="utf-8").split("\n")
         assert len(found) == 6 and found[1] == found[5] == ""
         if name != "labels":
             trained_run = hasten.load(run)
             texts = [line for line in lines if line]  # as on the command line
             key = trained_run.task.prediction_columns[0]
-            wanted = [
+            outputs = [
                 " ".join(one[key].split()) for one in trained_run.predict(texts, max_new_tokens=9)
             ]
-            assert [found[0], *found[2:5]] == wanted
+            assert [found[0], *found[2:5]] == outputs
 
 
 def test_a_table_keeps_its_columns_and_gets_all_outputs(trained: Path, cli: Cli):

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,13 @@ from hasten.core.files import (
     write_text,
 )
 from hasten.data import cache
-from hasten.data.cache import cache_folder, cached, clear_leftovers, content_key
+from hasten.data.cache import (
+    cache_folder,
+    cached,
+    clear_leftovers,
+    content_key,
+    folder_for_stdin,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -114,6 +121,74 @@ cached("kind", "key", build)
     clear_leftovers()
     assert not any(".partial-" in name for name in names(own_cache))
     assert names(cached("kind", "key", lambda folder: (folder / "whole").touch())) == ["whole"]
+
+
+SPOOLER = """
+import sys, time
+from hasten.data.cache import folder_for_stdin
+with folder_for_stdin() as folder:
+    (folder / "standard-input.csv").write_text("text,label")
+    print(folder.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_standard_input_is_kept_while_its_reader_lives_and_no_longer(own_cache: Path):
+    readers = [
+        subprocess.Popen([sys.executable, "-c", SPOOLER], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        killed, living = (reader.stdout.readline().strip() for reader in readers if reader.stdout)
+        with folder_for_stdin() as own:
+            readers[0].kill()
+            readers[0].wait()
+            assert names(own_cache) == sorted([killed, living, own.name])
+            clear_leftovers()
+            assert names(own_cache) == sorted([living, own.name])
+            assert names(own_cache / living) == ["standard-input.csv"]
+        assert names(own_cache) == [living]
+    finally:
+        for reader in readers:
+            reader.kill()
+            reader.communicate()
+    clear_leftovers()
+    assert names(own_cache) == []
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_folder_that_is_swept_away_before_it_is_locked_is_made_again(
+    moment: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    swept = []
+
+    owner, name = (os, "open") if moment == "before it is opened" else (fcntl, "flock")
+    then = getattr(owner, name)
+
+    def sweep_first(*arguments: Any) -> Any:
+        if not swept:
+            swept.extend(names(own_cache))
+            clear_leftovers()
+        return then(*arguments)
+
+    monkeypatch.setattr(owner, name, sweep_first)
+    with folder_for_stdin() as folder:
+        assert swept == [folder.name] and folder.is_dir()
+        clear_leftovers()
+        assert names(own_cache) == [folder.name]
+
+
+def test_where_folders_cannot_be_locked_none_is_taken_for_a_leftover(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def cannot(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    with folder_for_stdin() as folder:
+        clear_leftovers()
+        assert names(own_cache) == [folder.name]
+    assert names(own_cache) == []
 
 
 # Trimming

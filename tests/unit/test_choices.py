@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hasten.config.load import differences, replace_values
 from hasten.config.schema import RunConfig
-from hasten.plan.choices import DataFacts, choose, choose_for_task
+from hasten.plan.choices import DataFacts, choose, choose_for_task, choose_processes
 from hasten.task.registry import TASKS
 
 FACTS = st.builds(
@@ -53,8 +53,9 @@ def chosen(config: RunConfig, facts: DataFacts) -> tuple[RunConfig, dict[str, An
     before = config
     task = next(t for t in TASKS.values() if t.architecture == facts.architecture)
     config, first = choose_for_task(config, task.name, task.architecture, task.default_metric)
-    config, second = choose(config, facts)
-    choices = [*first, *second]
+    config, second = choose_processes(config)
+    config, third = choose(config, facts)
+    choices = [*first, *second, *third]
     assert all(choice.reason for choice in choices)
     values = {choice.key: choice.value for choice in choices}
     assert len(values) == len(choices)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,60 @@ def test_a_wrong_file_is_refused_in_one_line(
     with pytest.raises(UsageError, match=message) as caught:
         build_config(file=write(tmp_path, text), overrides=overrides)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def refusal(key: str, value: Any) -> str | None:
+    """What is said of a value; None where it is taken."""
+    try:
+        build_config(overrides={key: value})
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("key", [k for k in known_keys() if k != "preset" and refusal(k, "3x")])
+def test_a_refusal_names_key_value_and_what_is_accepted(key: str):
+    """What it says is accepted is accepted, and what lies beyond the bounds it names is not."""
+    message = refusal(key, "3x")
+    start = f"{key}: '3x' does not fit: it should be "
+    assert message is not None and message.startswith(start) and message.endswith(".")
+    accepted = message.removeprefix(start)
+    assert re.match(r"'|a number\b|a whole number\b|true or false\b|2 values\b", accepted)
+    for word in re.findall(r"'(\w+)'|\b(true|false)\b", accepted):
+        assert refusal(key, "".join(word)) is None
+    for bound, text in re.findall(r"(at least|at most|greater than|less than) (\d+)", accepted):
+        limit = int(text)
+        beyond, within = limit + 1e-9, limit - 1e-9
+        if bound in ("at least", "greater than"):
+            beyond, within = within, beyond
+        if "whole" in accepted:
+            beyond, within = limit - 1, limit + 1
+        for value, fits in ((limit, bound.startswith("at")), (beyond, False), (within, True)):
+            written = f"{value},0.5" if "2 values" in accepted else str(value)
+            assert (refusal(key, written) is None) == fits, written
+    if "number" in accepted:
+        half = "0.5,0.5" if "2 values" in accepted else "0.5"
+        assert ("whole" in accepted) == (refusal(key, half) is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  epochs: [1]\n", "train.epochs: [1] does not fit: it should be a number"),
+        (
+            "optim:\n  betas: [0.9, 2]\n",
+            "optim.betas: [0.9, 2] does not fit: it should be 2 values",
+        ),
+        ("data:\n  train: 5\n", "data.train: 5 does not fit: it should be a text, or a list"),
+        (
+            "data:\n  source: [a]\n",
+            "data.source: ['a'] does not fit: it should be a text, or 'none'",
+        ),
+    ],
+)
+def test_the_whole_value_is_shown_as_it_was_given(text: str, message: str, tmp_path: Path):
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+        build_config(file=write(tmp_path, text))
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path):
@@ -370,6 +425,7 @@ OWNERS = {
     "model": {"model", "config"},
     "train": {"train"},
     "optim": {"optim"},
+    "parallel": {"parallel"},
     "eval": {"eval"},
     "": {"config"},
 }

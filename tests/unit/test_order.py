@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.core.seeds import derive_seed
-from hasten.data.order import cut_micro_batches, plan_epoch, steps_per_epoch
+from hasten.data.order import cut_micro_batches, deal_micro_batches, plan_epoch, steps_per_epoch
 
 LENGTHS = st.lists(
     st.one_of(st.integers(1, 12), st.integers(1, 600)), min_size=1, max_size=120
@@ -161,6 +161,46 @@ def test_micro_batches_part_the_batch_within_the_budget(lengths: np.ndarray, bud
     # The order in which the batch lists its examples is of no account.
     again = cut_micro_batches(np.array(chosen[::-1]), lengths, budget)
     assert [p.tolist() for p in again] == [p.tolist() for p in pieces]
+
+
+@settings(max_examples=300)
+@given(lengths=LENGTHS, budget=BUDGET, num_ranks=st.integers(1, 9), data=st.data())
+def test_a_batch_is_dealt_to_processes_in_about_equal_shares(
+    lengths: np.ndarray, budget: int, num_ranks: int, data
+):
+    numbers = st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True)
+    batch = np.array(data.draw(numbers, label="batch"))
+    rounds = deal_micro_batches(batch, lengths, budget, num_ranks)
+    assert all(len(pieces) == num_ranks for pieces in rounds)
+    dealt = np.concatenate([piece for pieces in rounds for piece in pieces])
+    assert sorted(dealt.tolist()) == sorted(batch.tolist())
+    for pieces in rounds:
+        assert any(len(piece) for piece in pieces)  # nobody waits for a round of nothing
+        assert all(lengths[p].sum() <= budget or len(p) == 1 for p in pieces)
+    shares = [[pieces[rank] for pieces in rounds] for rank in range(num_ranks)]
+    tokens = [sum(int(lengths[piece].sum()) for piece in share) for share in shares]
+    assert max(tokens) - min(tokens) <= lengths[batch].max()
+    counts = [sum(len(piece) for piece in share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    for share in shares:  # what a process has, it has first, and without gaps
+        sizes = [len(piece) > 0 for piece in share]
+        assert sizes == sorted(sizes, reverse=True)
+    # The order in which the batch lists its examples is of no account.
+    again = deal_micro_batches(batch[::-1], lengths, budget, num_ranks)
+    assert [[p.tolist() for p in r] for r in again] == [[p.tolist() for p in r] for r in rounds]
+
+
+@given(lengths=LENGTHS, budget=BUDGET)
+def test_a_process_alone_is_dealt_what_it_would_cut(lengths: np.ndarray, budget: int):
+    batch = np.arange(len(lengths))
+    rounds = deal_micro_batches(batch, lengths, budget, 1)
+    pieces = cut_micro_batches(batch, lengths, budget)
+    assert [[p.tolist() for p in r] for r in rounds] == [[p.tolist()] for p in pieces]
+
+
+def test_processes_without_an_example_are_dealt_empty_pieces():
+    rounds = deal_micro_batches(np.array([3, 1]), np.array([5, 5, 5, 9]), 100, 4)
+    assert [[p.tolist() for p in pieces] for pieces in rounds] == [[[3], [1], [], []]]
 
 
 @given(st.lists(st.one_of(st.integers(0, 10**9), st.text(max_size=5)), min_size=1, max_size=4))

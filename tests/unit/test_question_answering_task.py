@@ -426,7 +426,7 @@ def test_the_task_follows_its_training_rows(tmp_path: Path):
     assert task.rules == AnswerRules("words", len("by train"), always=False, threshold=0.0)
     assert task.label_smoothing == 0.1 and task.num_classes == 24
     options = task.model_options()
-    assert options["head"] == "span" and options["num_token_types"] == 2
+    assert options["head"] == "span" and options["num_token_types"] == 4
     assert options["max_positions"] == 24
     assert task_of(corpus_of(tmp_path, ROWS[:2])).rules.always
     chinese = [("北京是首都。京", "首都是？", "北京")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def passages_with_answers(draw: st.DrawFn) -> Passage:
     return Passage(context, draw(TEXT.filter(str.strip)), (start, start + len(piece.strip())))
 
 
-FORMS = st.builds(WindowForm, st.integers(8, 48), st.integers(1, 40))
+FORMS = st.builds(WindowForm, st.integers(8, 48), st.integers(1, 40), st.booleans())
 
 
 @settings(max_examples=400)
@@ -194,13 +195,23 @@ def test_a_packed_window_is_class_token_question_separator_and_a_part_of_the_con
         first = int(windows.firsts[window])
         part = context[first : first + form.max_length - len(head)]
         assert ids == head + part and len(ids) <= form.max_length
-        assert types == [0] * len(head) + [1] * len(part)
+        assert types == [0] * len(head) + types_of(part, head[1:-1], form.marks_matches)
         assert len(ids) == windows.lengths[window] and len(head) == windows.context_starts[window]
         seen[row] |= set(range(first, first + len(part)))
         assert bool(encoded.is_cut[row]) == (len(question) > form.max_length // 2)
     for row, (context, _) in enumerate(texts):
         assert seen[row] == set(range(len(tokenizer.encode(context).ids)))
     assert batch.targets is not None and not batch.targets.any()  # nothing was answered
+
+
+def types_of(context: list[int], question: list[int], marks_matches: bool) -> list[int]:
+    """What the types are said to be, in words: 1, or 2 in the question, or 3 with a neighbour."""
+    asked = set(itertools.pairwise(question))
+    types = []
+    for i, token in enumerate(context):
+        found = set(itertools.pairwise(context[max(0, i - 1) : i + 2])) & asked
+        types.append(3 if found else 2 if token in question else 1)
+    return types if marks_matches else [1] * len(context)
 
 
 def sequences(batch: PackedBatch) -> list[tuple[int, list[int], list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,88 @@ def test_reading_options_hold_for_every_file(options: dict, columns: tuple, tmp_
     path.write_bytes("a,b;c\nth\xe9,one;two\nr,s;t\n".encode("latin-1"))
     data = DataConfig.model_validate({"encoding": "latin-1", **options, "train": [str(path)] * 2})
     assert [file.columns for file in open_split(data, "train")] == [columns] * 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "read"),
+    [
+        (("source", "target"), ("source", "target")),  # as back-translation writes them
+        (("target", "source"), ("source", "target")),
+        (("en", "de"), ("en", "de")),
+        (("de", "en"), ("en", "de")),  # the names of the files say which way
+        (("one", "two"), ("one", "two")),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_line_aligned_files_and_tables_of_pairs_are_trained_on_together(
+    columns: tuple[str, str], read: tuple[str, str], suffix: str, tmp_path: Path
+):
+    """All pairs are there, each the same way round."""
+    source, target = write_pair(tmp_path, "a")
+    made = [(f"made text {i}", f"another target {i}") for i in range(20)]
+    cells = [pair if columns == read else pair[::-1] for pair in made]
+    table = tmp_path / f"made{suffix}"
+    if suffix == ".csv":
+        write_rows(table, cells, columns)
+    else:
+        lines = [json.dumps(dict(zip(columns, pair, strict=True))) for pair in cells]
+        write_lines(tmp_path, table.name, lines)
+    recorder = Recorder()
+    found = sources_of(recorder, data__train=str(table), data__source=source, data__target=target)
+    assert found.task.name == "translation" and found.reading.columns == read
+    assert sorted(found.corpora["train"].texts()) == sorted([*made, *PAIRS])
+    assert "also a.en + a.de, line-aligned: 30 lines each" in recorder.notes
+    assert len(found.rows["train"]) + len(found.rows["validation"]) == 50
+
+
+def test_several_tables_and_other_splits_go_with_line_aligned_files(tmp_path: Path):
+    source, target = write_pair(tmp_path, "a")
+    tables = [str(write_rows(tmp_path / f"{n}.csv", PAIRS[:9], ("en", "de"))) for n in "bc"]
+    settings = {"data__train": tables, "data__source": source, "data__target": target}
+    found = sources_of(
+        **settings, data__validation_source=source, data__validation_target=target,
+        data__test=tables[0],
+    )  # fmt: skip
+    assert {name: len(rows) for name, rows in found.rows.items()} == {
+        "train": 48,
+        "validation": 30,
+        "test": 9,
+    }
+    # A table alone, too, is measured on line-aligned files, which have no names for their columns.
+    found = sources_of(
+        data__train=tables[0], data__validation_source=source, data__validation_target=target
+    )
+    assert list(found.corpora["validation"].texts()) == PAIRS
+
+
+def test_columns_or_files_but_not_perhaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    source, target = write_pair(tmp_path, "a")
+    table = str(write_rows(tmp_path / "t.csv", PAIRS, ("en", "de")))
+
+    def names(source: str | None, target: str | None) -> dict[str, Any]:
+        given = {"data__source": source, "data__target": target}
+        return {"data__train": table} | {k: v for k, v in given.items() if v is not None}
+
+    for refused, message in (
+        (names("a.en", "a.dee"), r"--target a\.dee: there is no such file, to go with a\.en, nor"),
+        (names("b.en", "a.de"), r"--source b\.en: there is no such file, to go with a\.de, nor"),
+        (names("a.en", None), "--source and --target go together"),
+        (names("x", "y"), "no column 'x'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            sources_of(**refused)
+    assert len(sources_of(**names("en", "de")).corpora["train"]) == 30
+    Path(source).rename("en")
+    assert len(sources_of(**names("en", "de")).corpora["train"]) == 30  # one of them is no file
+    Path(target).rename("de")
+    with pytest.raises(UsageError, match=r"'en' is a column of .*t\.csv and a file: .* \./en"):
+        sources_of(**names("en", "de"))
+    assert len(sources_of(**names("1", "2")).corpora["train"]) == 30
+    both = sources_of(**names("./en", "./de"))
+    assert list(both.corpora["train"].texts()) == PAIRS * 2 and both.reading.columns == ("en", "de")
+    reverse = sources_of(**names("./de", "./en"))
+    assert list(reverse.corpora["train"].texts()) == [pair[::-1] for pair in PAIRS] * 2
 
 
 def test_patterns_name_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

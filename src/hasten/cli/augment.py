@@ -30,6 +30,8 @@ def augment(
 
     To improve a translation into German, train one from German on the same data, and let it
     translate German texts: hasten augment runs/de-en --input german.txt --output more.csv
+
+    Then train on these and the others: hasten train more.csv --source train.en --target train.de
     """
     from hasten.training.back_translation import back_translate
     from hasten.training.run import load

@@ -233,6 +233,10 @@ def _usage_message(error: Any) -> str:
     elif message.startswith("No such command"):
         message = message.partition(" Did you mean")[0]
         hint = nearest(message.split("'")[1], getattr(command, "commands", ()))
+    elif problems := getattr(error.__cause__, "errors", None):  # options are numbers or texts
+        (problem,) = problems()
+        kind = "a whole number" if problem["type"].startswith("int") else "a number"
+        message = f"{error.param.opts[0]}: {problem['input']!r} does not fit: it should be {kind}"
     if context is not None and not hint:
         hint = f" See: {context.command_path} --help"
     if name and not name.startswith("--") and getattr(command, "name", None) == "predict":

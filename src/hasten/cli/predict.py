@@ -60,7 +60,8 @@ def predict(
 ) -> None:
     """Use a trained run: label, translate, continue texts, or answer questions.
 
-    With --input, the file's columns are kept and those of the prediction are added.
+    With --input, the file's columns are kept and those of the prediction are added. A run that was
+    trained on chats takes a text as the user's message, or a JSON list of messages as a chat.
     """
     options = {
         "max_new_tokens": max_new_tokens,
@@ -149,6 +150,8 @@ def _rows(trained: Run, texts: list[str], context_file: str | None) -> list[tupl
         if not context.strip():
             raise DataError(f"{context_file}: is empty.")
         return [(context, text) for text in texts]
+    if width - trained.task.num_optional_inputs <= len(texts) < width:
+        return [tuple(texts)]
     if len(texts) % width:
         raise UsageError(f"this run takes {width} texts for each prediction: {', '.join(columns)}.")
     return [tuple(texts[i : i + width]) for i in range(0, len(texts), width)]
@@ -209,11 +212,11 @@ def _label_file(
         settings=settings,
         warn=say,
     )
-    parts = [f"{count(counts['num_labelled'], 'row')} labelled"]
+    parts, lacking = [f"{count(counts['num_labelled'], 'row')} labelled"], "text"
     if trained.task.generates:
-        parts = [f"{count(counts['num_labelled'], 'output')} written"]
+        parts, lacking = [f"{count(counts['num_labelled'], 'output')} written"], "output"
     if counts["num_unlabelled"]:
-        parts.append(f"{counts['num_unlabelled']:,} without text kept as they were")
+        parts.append(f"{counts['num_unlabelled']:,} without {lacking} kept as they were")
     if counts["num_rejected"]:
         parts.append(f"{counts['num_rejected']:,} unreadable left out")
     say(f"{output}: {', '.join(parts)}")

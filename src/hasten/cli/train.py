@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,6 +14,7 @@ from hasten.cli.settings import config_from_flags, show_all_keys, tokenizer_flag
 from hasten.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from hasten.config.schema import ParallelConfig, RunConfig
     from hasten.training.build import Plan
 
 
@@ -28,10 +30,8 @@ def train(
     test: list[str] = typer.Option(
         None, metavar="FILE", help="Test file, measured once after training."
     ),
-    source: str = typer.Option(
-        None, help="Column to translate from; without FILE, a file of lines."
-    ),
-    target: str = typer.Option(None, help="Column to translate to; without FILE, a file of lines."),
+    source: str = typer.Option(None, help="Column to translate from, or a file of lines."),
+    target: str = typer.Option(None, help="Column to translate to, or a file of lines."),
     validation_source: str = typer.Option(None, metavar="FILE", help="Validation: source lines."),
     validation_target: str = typer.Option(None, metavar="FILE", help="Validation: target lines."),
     test_source: str = typer.Option(None, metavar="FILE", help="Test: source lines."),
@@ -48,9 +48,14 @@ def train(
     tokenizer: str = typer.Option(
         None, help="bpe, wordpiece, unigram, word, char, byte, or a file."
     ),
-    seed: int = typer.Option(None, help="Every random choice derives from it."),
+    seed: str = typer.Option(None, help="Every random choice derives from it."),
     epochs: str = typer.Option(None, help="Passes over the training data."),
     device: str = typer.Option(None, help="auto, cpu or cuda."),
+    precision: str = typer.Option(None, help="auto, float32, bf16 or fp16."),
+    processes: str = typer.Option(None, help="Processes to start on this machine."),
+    parallel: str = typer.Option(
+        None, metavar="LAYOUT", help="What they are for: replicate=2,shard=2."
+    ),
     resume: str = typer.Option(None, help="Go on with this run folder, exactly."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the resolved plan and stop."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object and nothing else."),
@@ -80,38 +85,81 @@ def train(
         "train.seed": seed,
         "train.epochs": epochs,
         "train.device": device,
+        "train.precision": precision,
         **tokenizer_flags(tokenizer),
     }
-    observer = build_observer(quiet=quiet or as_json)
+    own = {"parallel.processes": processes, "parallel.layout": parallel}
     if resume is not None:
         given = [key for key, value in flags.items() if value is not None]
         if given or preset or config or output or assignments or dry_run:
-            raise UsageError("--resume goes on with the run as it was: give it alone.")
-        _finish(resume, observer, as_json, None)
+            raise UsageError(
+                "--resume goes on with the run as it was: give it alone, or with --processes and "
+                "--parallel."
+            )
+        layout = None
+        if processes is not None or parallel is not None:
+            layout = config_from_flags(own, preset=None, file=None, assignments=None).parallel
+        _train(_Wanted(None, resume, layout, as_json=as_json, quiet=quiet))
         return
-    settings = config_from_flags(flags, preset=preset, file=config, assignments=assignments)
+    settings = config_from_flags(
+        {**flags, **own}, preset=preset, file=config, assignments=assignments
+    )
     if dry_run:
         from hasten.training.session import plan_only
 
-        _show_plan(plan_only(settings, output, observer), as_json)
+        _show_plan(plan_only(settings, output, build_observer(quiet=quiet or as_json)), as_json)
         return
-    _finish(output, observer, as_json, settings)
+    _train(_Wanted(settings, output, None, as_json=as_json, quiet=quiet))
 
 
-def _finish(folder: str | None, observer: Any, as_json: bool, settings: Any) -> None:
-    """Trains a new run, or resumes the one in ``folder`` where there are no settings."""
+@dataclass(frozen=True)
+class _Wanted:
+    """A new run, or where there is no configuration the one in ``folder``, to be gone on with."""
+
+    settings: RunConfig | None
+    folder: str | None
+    parallel: ParallelConfig | None
+    as_json: bool
+    quiet: bool
+
+
+def _train(wanted: _Wanted) -> None:
+    """Trains here, or starts the processes that do."""
+    from hasten.training.launching import launch_training, num_processes
+    from hasten.training.session import resumed_config
+
+    if wanted.settings is not None:
+        settings = wanted.settings
+    else:
+        assert wanted.folder is not None
+        settings = resumed_config(Path(wanted.folder), wanted.parallel)
+    if num_processes(settings.parallel) == 1:
+        _finish(wanted)
+        return
+    flags = ["--json"] * wanted.as_json + ["--quiet"] * wanted.quiet
+    code = launch_training(settings, wanted.folder, resumes=wanted.settings is None, flags=flags)
+    if code:
+        raise typer.Exit(code)
+
+
+def _finish(wanted: _Wanted) -> None:
+    """Trains in this process and prints the result, where it is the one that speaks."""
     from hasten.cli.show import verdict_text
     from hasten.training.folder import to_json
-    from hasten.training.session import resume_run, start_run
+    from hasten.training.session import resume_run, speaks, start_run
 
+    as_json, folder = wanted.as_json, wanted.folder
+    observer = build_observer(quiet=wanted.quiet or as_json)
     try:
-        if settings is None:
+        if wanted.settings is None:
             assert folder is not None
-            result = resume_run(Path(folder), observer)
+            result = resume_run(Path(folder), observer, wanted.parallel)
         else:
-            result = start_run(settings, folder, observer)
+            result = start_run(wanted.settings, folder, observer)
     finally:
         getattr(observer, "close", lambda: None)()
+    if not speaks():
+        return
     if as_json:
         typer.echo(to_json(result))
     else:

@@ -6,7 +6,7 @@ PRESETS[name], config.yaml, train.epochs=3
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,7 +52,7 @@ def build_config(
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise UsageError(_explain(error)) from None
+        raise UsageError(_explain(error, merged)) from None
 
 
 def config_to_yaml(config: RunConfig) -> str:
@@ -68,7 +68,7 @@ def replace_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(nested)
     except ValidationError as error:
-        raise UsageError(_explain(error)) from None
+        raise UsageError(_explain(error, nested)) from None
 
 
 def known_keys() -> list[str]:
@@ -153,7 +153,7 @@ def _merge(into: Nested, layer: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, given: Nested) -> str:
     """Puts the first problem of a validation error into one line."""
     problem = error.errors()[0]
     # A union reports one problem per member and adds the member's name to the place.
@@ -161,10 +161,38 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(place[:2] if place and place[0] in SECTIONS else place[:1])
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'.{nearest(key, known_keys())}"
-    same = _others(error.errors(), place)
-    message = "; or ".join(dict.fromkeys(p["msg"].removeprefix("Input should be ") for p in same))
-    return f"{key}: {problem['input']!r} does not fit: it should be {message}."
+    section, _, name = key.rpartition(".")
+    schema = (SECTIONS[section] if section else RunConfig).model_json_schema()["properties"][name]
+    value = (given[section] if section else given)[name]
+    accepted = _accepted(schema)
+    if problem["type"] == "finite_number":  # which a schema of JSON, where all are, does not say
+        accepted = accepted.replace("a number", "a finite number")
+    return f"{key}: {value!r} does not fit: it should be {accepted}."
 
 
-def _others(problems: Iterable[Any], place: list[str]) -> list[Any]:
-    return [p for p in problems if [str(part) for part in p["loc"]][:2] == place[:2]]
+_KINDS = {"integer": "a whole number", "number": "a number", "string": "a text", "null": "'none'"}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "greater than",
+    "maximum": "of at most",
+    "exclusiveMaximum": "less than",
+}
+
+
+def _accepted(schema: Nested) -> str:
+    """Says in words which values a JSON schema accepts."""
+    if members := schema.get("anyOf"):
+        return ", or ".join(map(_accepted, members))
+    if "const" in schema:
+        return repr(schema["const"])
+    if words := schema.get("enum"):
+        return f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
+    if schema["type"] == "boolean":
+        return "true or false"
+    if schema["type"] == "array":
+        items = schema.get("prefixItems")
+        if items is None:
+            return f"{_accepted(schema['items'])}, or a list of several"
+        return f"{len(items)} values with a comma between, each {_accepted(items[0])}"
+    bounds = [f"{words} {schema[bound]:g}" for bound, words in _BOUNDS.items() if bound in schema]
+    return f"{_KINDS[schema['type']]} {' and '.join(bounds)}".rstrip()

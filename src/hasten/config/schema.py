@@ -6,6 +6,7 @@
       model      the architecture
       train      what one run does: epochs, steps, loss, regularisation of the targets
       optim      optimizer, schedule, penalties
+  parallel   how many processes, and what each of them is for
       eval       when the model is measured, and on what it is judged
 
 A field's description is its ``--help``. ``auto`` is a value a person may write: the resolved
@@ -74,11 +75,11 @@ class DataConfig(Section):
     )
     source: str | None = Field(
         default=None,
-        description="column to translate from; without a training file: file of source lines",
+        description="column to translate from, or a file of source lines",
     )
     target: str | None = Field(
         default=None,
-        description="column to translate to; without a training file: file of target lines",
+        description="column to translate to, or a file of target lines",
     )
     validation_source: str | None = Field(default=None, description="file of source lines")
     validation_target: str | None = Field(default=None, description="file of target lines")
@@ -237,6 +238,10 @@ class TrainConfig(Section):
         default=5, description="non-finite steps in a row before the run stops"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="of matrix products; auto: the faster of float32 and bf16, measured",
+    )
     deterministic: bool = Field(
         default=False, description="bit-exact kernels on CUDA, slower; the CPU is always exact"
     )
@@ -289,6 +294,24 @@ class OptimConfig(Section):
     )
 
 
+class ParallelConfig(Section):
+    """How many processes share a run, and how."""
+
+    processes: Positive | Auto = Field(
+        default="auto", description="processes started on this machine; auto: as the layout says"
+    )
+    layout: str = Field(
+        default="auto",
+        description="degrees of replicate and shard, as in replicate=2,shard=2; auto: replicate",
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="times that a run goes on by itself after it lost a process"
+    )
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        default=20.0, description="a process that gives no sign of life for so long is lost"
+    )
+
+
 class EvalConfig(Section):
     """When the model is measured and on what it is judged."""
 
@@ -328,6 +351,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
 
 
@@ -337,5 +361,6 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "train": TrainConfig,
     "optim": OptimConfig,
+    "parallel": ParallelConfig,
     "eval": EvalConfig,
 }

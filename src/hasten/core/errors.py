@@ -47,6 +47,12 @@ class DivergenceError(HastenError):
     exit_code = 6
 
 
+class LostProcessError(HastenError):
+    """A process of a run of several was lost."""
+
+    exit_code = 7
+
+
 class MachineError(HastenError):
     """Disk, permission, lock, or a missing extra."""
 

@@ -3,6 +3,7 @@
     $HASTEN_CACHE, else $XDG_CACHE_HOME/hasten, else ~/.cache/hasten
       KIND-KEY/            written under a lock, committed by one rename
       KIND-KEY.lock        held by the process that builds or removes the entry
+      stdin-RANDOM/        of one process, locked as long as it lives
 
 A key is the hash of everything that the folder's content depends on, so an entry is never
 stale. The least recently used entries go when the cache outgrows its cap, but none that a living
@@ -17,12 +18,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hasten.core.files import FileLock, committed_folder, machine_errors
 
+_STDIN = "stdin-"
 _CAP_BYTES = 20 << 30
 _MAX_HELD = 32  # more than one run needs, fewer than a process may open
 _held: dict[Path, int] = {}  # entry -> its open, locked folder; the last one asked for at the end
@@ -86,14 +89,8 @@ def _hold(entry: Path) -> bool:
     Returns:
         Whether the entry is there.
     """
-    try:
-        descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    with contextlib.suppress(OSError):  # a file system that cannot lock folders
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits while it is being removed
-    if not _is_at(descriptor, entry):
-        os.close(descriptor)
+    descriptor = _open_locked(entry)
+    if descriptor is None:
         return False
     if entry in _held:
         os.close(_held.pop(entry))
@@ -101,6 +98,20 @@ def _hold(entry: Path) -> bool:
     if len(_held) > _MAX_HELD:
         os.close(_held.pop(next(iter(_held))))
     return True
+
+
+def _open_locked(folder: Path) -> int | None:
+    """Opens a folder, which no process removes until it is closed; None where it is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with contextlib.suppress(OSError):  # a file system that cannot lock folders
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits while it is being removed
+    if _is_at(descriptor, folder):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -167,6 +178,27 @@ def _is_in_use(descriptor: int) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def folder_for_stdin() -> Iterator[Path]:
+    """Yields a new, empty folder of the cache for standard input, and removes it afterwards.
+
+    Where this process is killed, a later one does so: see ``clear_leftovers``.
+
+    Raises:
+        MachineError: the cache cannot be written.
+    """
+    with machine_errors("keeping standard input"):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=_STDIN, dir=cache_folder()))
+        while (descriptor := _open_locked(folder)) is None:  # it was taken for a leftover
+            folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
 def clear_leftovers() -> None:
     """Removes what killed processes left half-written in the cache, and nothing that is in work."""
     for partial in cache_folder().glob("*.partial-*"):
@@ -175,3 +207,15 @@ def clear_leftovers() -> None:
         if os.access(partial.parent, os.W_OK) and lock.acquire():
             shutil.rmtree(partial, ignore_errors=True)
             lock.release()
+    for folder in cache_folder().glob(f"{_STDIN}*"):
+        with contextlib.suppress(OSError):  # in use, gone, another person's, or not to be locked
+            _remove_unlocked(folder)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)

@@ -151,8 +151,7 @@ def open_corpus(files: Sequence[RowFile], reading: Reading) -> Corpus:
         DataError: a file cannot be read to its end.
         UsageError: a file lacks a column.
     """
-    wanted = (*reading.columns, *(() if reading.label is None else (reading.label,)))
-    indices = [resolve_columns(file.columns, wanted) for file in files]
+    indices = [positions_in(file, reading) for file in files]
     key = content_key(
         format=_FORMAT,
         reading=[reading.task, reading.form, reading.label is not None],
@@ -168,6 +167,20 @@ def open_corpus(files: Sequence[RowFile], reading: Reading) -> Corpus:
     )
     folder = cached("rows", key, lambda target: _build(files, indices, reading, target))
     return _load(folder, [file.display_name for file in files], key)
+
+
+def positions_in(file: RowFile, reading: Reading) -> tuple[int, ...]:
+    """Returns where the columns of a reading are in a file, that of labels last.
+
+    Line-aligned files have no names for their two columns and take those of the reading in order.
+
+    Raises:
+        UsageError: a column that is not there.
+    """
+    if file.format == "aligned" and len(reading.columns) == 2 and reading.label is None:
+        return (0, 1)
+    labels = () if reading.label is None else (reading.label,)
+    return resolve_columns(file.columns, (*reading.columns, *labels))
 
 
 def check_rejected(corpus: Corpus, max_fraction: float) -> None:

@@ -12,6 +12,8 @@ enough that an example meets other neighbours in every epoch.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from hasten.core.seeds import derive_seed
@@ -54,6 +56,33 @@ def plan_epoch(lengths: np.ndarray, *, seed: int, epoch: int, num_batches: int) 
     cuts = np.maximum.accumulate(np.maximum(cuts, 1) - number) + number
     batches = np.split(order, np.minimum(cuts, len(order) - num_batches + number))
     return [batches[i] for i in draw.permutation(num_batches)]
+
+
+def deal_micro_batches(
+    batch: np.ndarray, lengths: np.ndarray, micro_batch_tokens: int, num_ranks: int
+) -> list[list[np.ndarray]]:
+    """Cuts a global batch into rounds of one micro-batch a process.
+
+    Args:
+        batch: example numbers.
+        lengths: (E,) tokens of each example.
+        micro_batch_tokens: token budget of a micro-batch; a longer example is alone in its own.
+        num_ranks: processes that share the batch, about equally many tokens each.
+
+    Returns:
+        Rounds of ``num_ranks`` micro-batches; some of the last are empty where examples do not
+        go round.
+    """
+    ordered = batch[np.lexsort((batch, lengths[batch]))][::-1]
+    # To and fro, the longest first: sums then differ by less than one example.
+    turn = np.arange(len(ordered)) % (2 * num_ranks)
+    owner = np.minimum(turn, 2 * num_ranks - 1 - turn)
+    shares = [
+        cut_micro_batches(ordered[owner == rank], lengths, micro_batch_tokens)
+        for rank in range(num_ranks)
+    ]
+    empty = batch[:0]
+    return [list(pieces) for pieces in itertools.zip_longest(*shares, fillvalue=empty)]
 
 
 def cut_micro_batches(

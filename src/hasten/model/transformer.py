@@ -262,6 +262,12 @@ class Transformer(nn.Module):
             x_ND = self.decoder(x_ND, batch, memory_MD)
         return self.score(x_ND, batch.layout)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, the encoder's first: what may be gathered or recomputed one at a time."""
+        stacks = (self.encoder, self.decoder)
+        return [block for stack in stacks if stack is not None for block in stack.blocks]
+
     def embed(self, batch: PackedBatch) -> Tensor:
         """Returns the embeddings (N, D) of a batch."""
         return self.embedding(batch.token_ids, batch.positions, batch.token_types)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import DamagedError, UsageError
+from hasten.core.shards import copy_whole_, local_parts
 
 
 class WeightAverage:
@@ -58,9 +59,8 @@ class WeightAverage:
         step = self._num_updates
         decay = min(self.decay, (1 + step) / (10 + step))
         if self._averages:
-            torch._foreach_lerp_(
-                list(self._averages.values()), list(self._weights.values()), 1 - decay
-            )
+            averages = local_parts(self._averages.values())
+            torch._foreach_lerp_(averages, local_parts(self._weights.values()), 1 - decay)
         self._num_updates += 1
 
     @contextmanager
@@ -108,7 +108,7 @@ class WeightAverage:
                     f"this model's {tuple(average.shape)}."
                 )
         for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            copy_whole_(average, tensors[name])
         self._num_updates, self.decay = scalars["num_updates"], scalars["decay"]
 
     @torch.no_grad()

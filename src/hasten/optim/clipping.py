@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import UsageError
+from hasten.core.shards import local_part, whole
 
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Returns the 2-norm of all gradients taken as one vector, 0-dimensional; 0 if there are none.
 
-    It is not finite exactly when a gradient is not, overflow of a square aside.
+    It is not finite exactly when a gradient is not, overflow of a square aside. Where gradients
+    are sharded it is that of all shards, and all processes must ask at once.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 @torch.no_grad()
@@ -34,7 +36,8 @@ def scale_gradients_(parameters: Iterable[Tensor], scale: float | Tensor) -> Non
     by_device: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_device.setdefault(parameter.grad.device, []).append(parameter.grad)
+            gradient = local_part(parameter.grad)
+            by_device.setdefault(gradient.device, []).append(gradient)
     for device, gradients in by_device.items():
         factor = scale.to(device) if isinstance(scale, Tensor) else scale
         torch._foreach_mul_(gradients, factor)

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.core.shards import local_part, local_parts, placed_like, whole
+
 # Coefficients and number of iterations: Jordan et al. They do not converge to singular values of
 # exactly 1 but bring them fast to between about 0.7 and 1.2, which serves as well.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,7 +78,8 @@ class Muon(torch.optim.Optimizer):
                 is_hidden = parameter.ndim == 2 and "blocks." in name
                 (matrices if is_hidden else others).append(parameter)
             if group["weight_decay"] and matrices + others:
-                torch._foreach_mul_(matrices + others, 1 - group["lr"] * group["weight_decay"])
+                factor = 1 - group["lr"] * group["weight_decay"]
+                torch._foreach_mul_(local_parts(matrices + others), factor)
             if matrices:
                 self._step_matrices(matrices, group)
             if others:
@@ -90,13 +93,16 @@ class Muon(torch.optim.Optimizer):
             for matrix in alike:
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-            gradients = [matrix.grad for matrix in alike if matrix.grad is not None]
+            gradients = [local_part(matrix.grad) for matrix in alike if matrix.grad is not None]
             buffers = [self.state[matrix]["momentum_buffer"] for matrix in alike]
-            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
-            steps = orthogonalise(torch.stack(list(ahead)))
+            torch._foreach_lerp_(local_parts(buffers), gradients, 1 - group["momentum"])
+            torch._foreach_lerp_(gradients, local_parts(buffers), group["momentum"])
+            # Only a whole matrix can be orthogonalised; its gradient now is the momentum ahead.
+            ahead = [whole(matrix.grad) for matrix in alike if matrix.grad is not None]
+            steps = orthogonalise(torch.stack(ahead)).unbind()
+            own = [local_part(placed_like(s, m)) for s, m in zip(steps, alike, strict=True)]
             size = -group["lr"] * 0.2 * math.sqrt(max(shape))
-            torch._foreach_add_(alike, list(steps.unbind()), alpha=size)
+            torch._foreach_add_(local_parts(alike), own, alpha=size)
 
     def _step_others(self, others: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -107,9 +113,9 @@ class Muon(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
-        gradients = [parameter.grad for parameter in others if parameter.grad is not None]
-        means = [self.state[parameter]["exp_avg"] for parameter in others]
-        squares = [self.state[parameter]["exp_avg_sq"] for parameter in others]
+        gradients = [local_part(p.grad) for p in others if p.grad is not None]
+        means = local_parts(self.state[parameter]["exp_avg"] for parameter in others)
+        squares = local_parts(self.state[parameter]["exp_avg_sq"] for parameter in others)
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
@@ -119,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, corrections)
         torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(others, means, roots, scales)
+        torch._foreach_addcdiv_(local_parts(others), means, roots, scales)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import UsageError
+from hasten.core.shards import local_part, local_parts
 
 
 @torch.no_grad()
@@ -30,6 +31,8 @@ def add_penalty_gradients_(
     parameters: Iterable[Tensor], *, l1: float = 0.0, l2: float = 0.0
 ) -> Tensor:
     """Adds the gradient of the penalty to ``.grad`` in place and returns the penalty's value.
+
+    Of sharded weights it does both for this process's parts.
 
     A parameter without a gradient gets one, as the penalty alone gives it one.
 
@@ -48,16 +51,17 @@ def add_penalty_gradients_(
     for name, value in (("l1", l1), ("l2", l2)):
         if not 0 <= value < math.inf:
             raise UsageError(f"The {name} penalty must be 0 or more, got {value}.")
-    weights = list(parameters)
-    if not weights:
+    penalised = list(parameters)
+    if not penalised:
         return torch.zeros(())
+    weights = local_parts(penalised)
     value = torch.zeros((), device=weights[0].device, dtype=_value_dtype(weights[0]))
     if not (l1 or l2):
         return value
-    for weight in weights:
+    for weight in penalised:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    gradients = [local_part(weight.grad) for weight in penalised if weight.grad is not None]
     if l1:
         torch._foreach_add_(gradients, torch._foreach_sign(weights), alpha=l1)
         value += l1 * _norms(weights, order=1, like=value).sum()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import DamagedError
+from hasten.core.shards import copy_whole_
 
 # Numbers that torch keeps in 0-dimensional tensors, on the host unless the step is fused.
 _NUMBERS = frozenset({"step", "mu_product"})
@@ -92,7 +93,8 @@ def load_optimizer_state(
                 f"The saved optimizer state '{full_name}' has shape {tuple(saved.shape)}, "
                 f"expected {tuple(fresh.shape)}."
             )
-        loaded.setdefault(name, {})[key] = fresh.copy_(saved)
+        copy_whole_(fresh, saved)
+        loaded.setdefault(name, {})[key] = fresh
     for name, parameter in named.items():
         optimizer.state.pop(parameter, None)
         if name in loaded:

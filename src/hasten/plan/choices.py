@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from hasten.config.load import replace_values
 from hasten.config.schema import RunConfig, settled
+from hasten.core.errors import UsageError
 from hasten.optim.optimizers import default_learning_rate, default_settings
+from hasten.parallel.layout import choose_layout
 
 MICRO_BATCH_TOKENS = 8192
 _LITTLE_TEXT = 3_000_000
@@ -96,14 +98,39 @@ def choose_for_task(
     smoothing, beams = (0.1, 4) if architecture == "encoder_decoder" else (0.0, 1)
     length = 256 if architecture == "decoder" else 512
     optimizer = "adamw" if architecture == "encoder" else "muon"
+    reason = f"usual for {task}"
     return _apply(
         config,
         (
-            Choice("optim.optimizer", optimizer, task),
-            Choice("train.label_smoothing", smoothing, task),
-            Choice("tokenizer.max_length", length, task),
-            Choice("eval.metric", metric, task),
-            Choice("eval.num_beams", beams, task),
+            Choice("optim.optimizer", optimizer, reason),
+            Choice("train.label_smoothing", smoothing, reason),
+            Choice("tokenizer.max_length", length, reason),
+            Choice("eval.metric", metric, reason),
+            Choice("eval.num_beams", beams, reason),
+        ),
+    )
+
+
+def choose_processes(config: RunConfig) -> tuple[RunConfig, list[Choice]]:
+    """Returns the configuration with the number of processes and what each is for.
+
+    Raises:
+        UsageError: they do not fit each other, or the optimizer cannot work in shards.
+    """
+    wanted = config.parallel.processes
+    layout = choose_layout(config.parallel.layout, None if wanted == "auto" else wanted)
+    optimizer = settled(config.optim.optimizer)
+    if layout.shard > 1 and optimizer == "adafactor":
+        raise UsageError(
+            f"optim.optimizer {optimizer} needs whole rows and columns of a weight, which "
+            f"shard={layout.shard} takes apart: choose another, or replicate."
+        )
+    reason = "one process; --processes starts more" if layout.size == 1 else "whole copies"
+    return _apply(
+        config,
+        (
+            Choice("parallel.processes", layout.size, reason),
+            Choice("parallel.layout", str(layout), reason),
         ),
     )
 

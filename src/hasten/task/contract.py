@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ from torch import Tensor
 
 from hasten.core.batch import PackedBatch
 from hasten.core.errors import UsageError
+from hasten.core.ranks import ALONE, Ranks
 from hasten.data.augment import Augmentation
+from hasten.data.columns import text_of, texts_of
 from hasten.data.corpus import Corpus, Reading
 from hasten.data.examples import Examples
-from hasten.data.rows import Row, RowFile
+from hasten.data.rows import Cell, Row, RowFile
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
 
@@ -105,10 +107,12 @@ class Machine:
     Attributes:
         device: of the model.
         batch_tokens: token budget of one forward.
+        ranks: the processes that share the work, each with the whole model.
     """
 
     device: torch.device
     batch_tokens: int = 8192
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,12 @@ class Meter(ABC):
     @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from ``state``."""
+
+    def merged(self, states: Sequence[Mapping[str, Tensor]]) -> Self:
+        """Loads what several processes have counted, each its own batches; returns itself."""
+        first, *others = states
+        self.load({name: sum((s[name] for s in others), first[name]) for name in first})
+        return self
 
 
 class Task(ABC):
@@ -339,6 +349,22 @@ class Task(ABC):
     @abstractmethod
     def input_columns(self) -> tuple[str, ...]:
         """The columns of a row to predict."""
+
+    @property
+    def num_optional_inputs(self) -> int:
+        """How many of the input columns, the last ones, a row to predict may lack."""
+        return 0
+
+    def read_inputs(self, cells: Sequence[Cell]) -> tuple[str, ...]:
+        """Returns a row to predict, of which a file gives the cells.
+
+        White space, in which a task may count places, stays.
+
+        Raises:
+            CellError: why there is nothing to predict.
+        """
+        texts_of(cells, range(len(cells)))  # whether there is any text
+        return tuple(c if isinstance(c, str) else "" if c is None else text_of(c) for c in cells)
 
     @abstractmethod
     def predict(

@@ -40,9 +40,13 @@ def token_loss_sum(
     learned = targets_N != IGNORED
     if not bool(learned.all()):
         hidden_ND, targets_N = hidden_ND[learned], targets_N[learned]
+    weight_VD = outputs.weight_VD
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        narrow = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, weight_VD = hidden_ND.to(narrow), weight_VD.to(narrow)
     return linear_cross_entropy_sum(
         hidden_ND,
-        outputs.weight_VD,
+        weight_VD,
         targets_N,
         label_smoothing=label_smoothing,
         softcap=outputs.softcap,
@@ -138,11 +142,11 @@ def decode_sequences(
     sizes = lengths if sources is None else [len(source.token_ids) for source in sources]
     # The longest first: what does not fit into memory is known at once.
     order = sorted(range(len(prompts)), key=lambda i: (-sizes[i], -lengths[i], i))
-    found: list[list[Decoded]] = [[] for _ in prompts]
+    found: dict[int, list[Decoded]] = {}
     per_input = max(settings.num_beams, settings.num_return)
-    at_once = max(1, _MAX_ROWS // per_input)
-    for start in range(0, len(order), at_once):
-        chunk = order[start : start + at_once]
+    at_once = max(1, min(_MAX_ROWS // per_input, -(-len(order) // machine.ranks.size)))
+    chunks = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+    for chunk in machine.ranks.share(chunks):
         batch = pack_texts([_as_text(prompts[i]) for i in chunk])
         if sources is not None:
             batch = replace(batch, source=pack_texts([sources[i] for i in chunk]))
@@ -158,9 +162,10 @@ def decode_sequences(
             stop=_for_chunk(rules.stop, chunk),
             on_token=_for_chunk(rules.on_token, chunk),
         )
-        for i, result in zip(chunk, results, strict=True):
-            found[i] = result
-    return found
+        found |= dict(zip(chunk, results, strict=True))
+    for others in machine.ranks.gather(found):
+        found |= others
+    return [found[i] for i in range(len(prompts))]
 
 
 def _for_chunk(rule: Callable[..., Any] | None, chunk: list[int]) -> Callable[..., Any] | None:

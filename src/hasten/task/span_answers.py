@@ -107,6 +107,12 @@ class BestSpans:
                 start, end, self.scores[question] = best[0]
                 self.places[question] = windows.characters(window, start, end)
 
+    def merge(self, scores: np.ndarray, places: np.ndarray, no_answer_scores: np.ndarray) -> None:
+        """Looks at what was found in other windows of the same questions; see the attributes."""
+        is_better = scores > self.scores
+        self.scores[is_better], self.places[is_better] = scores[is_better], places[is_better]
+        self.no_answer_scores = np.minimum(self.no_answer_scores, no_answer_scores)
+
 
 def _allowed_scores(scores_N2: Tensor, batch: PackedBatch) -> Tensor:
     """Returns the scores, those of the question's tokens minus infinity."""

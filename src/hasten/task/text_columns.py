@@ -1,4 +1,4 @@
-"""Which columns hold texts to continue: documents, prompts with responses, questions, or chats."""
+"""Which columns hold texts to continue: documents, prompts, questions, instructions, or chats."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _PROMPTS = (
     ("question", "answer"),
     ("question", "response"),
 )
+_INPUTS = ("input", "context")
+"""What an instruction is to be carried out on; empty in many rows."""
 _QUESTIONS = (
     ("context", "passage", "paragraph", "document"),
     ("question", "query"),
@@ -53,6 +55,11 @@ def join_question(context: str, question: str) -> str:
     return f"{question.strip()}\n{context.strip()}"
 
 
+def join_instruction(instruction: str, given: str = "") -> str:
+    """Returns the prompt of an instruction and what it is to be carried out on, if anything."""
+    return "\n\n".join(filter(None, (instruction.strip(), given.strip())))
+
+
 def _question(cells: Sequence[Cell]) -> tuple[str, ...]:
     context, question, answer = cells
     if isinstance(answer, list):  # as in SQuAD: several ways to say it
@@ -63,24 +70,53 @@ def _question(cells: Sequence[Cell]) -> tuple[str, ...]:
     return (join_question(context, question), answer)
 
 
+def _instruction(cells: Sequence[Cell]) -> tuple[str, ...]:
+    instruction, given, output = cells
+    instruction, output = _texts((instruction, output), ("instruction", "output"))
+    is_blank = given is None or (isinstance(given, str) and not given.strip())
+    given = "" if is_blank else _texts((given,), ("input",))[0]
+    return (join_instruction(instruction, given), output)
+
+
 @dataclass(frozen=True)
 class Form:
     """One way of reading texts.
 
     Attributes:
-        roles: what each column is.
+        roles: what each column is; of several the last is what is generated.
         read_row: the cells of these columns -> texts.
+        join: the texts of all columns but the last -> the prompt.
+        num_optional: how many of the texts that ``join`` takes may be left out, the last ones.
+        note: how columns become a prompt, where that is to be told.
     """
 
     roles: tuple[str, ...]
     read_row: Callable[[Sequence[Cell]], tuple[str, ...]]
+    join: Callable[..., str] = str
+    num_optional: int = 0
+    note: str | None = None
+
+    def describe(self, columns: Sequence[str], reason: str) -> tuple[str, ...]:
+        """Returns what is read, to be printed: one line a column, and the note."""
+        lines = [
+            f"{role} column '{name}': {reason}"
+            for role, name in zip(self.roles, columns, strict=True)
+        ]
+        return (*lines, *([] if self.note is None else [self.note]))
 
 
 FORMS = {
     "text": Form(("text",), _exact_text),
     "documents": Form(("text",), partial(_texts, roles=("text",))),
-    "pair": Form(("prompt", "response"), partial(_texts, roles=("prompt", "response"))),
-    "question": Form(("context", "question", "answer"), _question),
+    "pair": Form(("prompt", "response"), partial(_texts, roles=("prompt", "response")), str.strip),
+    "question": Form(("context", "question", "answer"), _question, join_question),
+    "instruction": Form(
+        ("instruction", "input", "output"),
+        _instruction,
+        join_instruction,
+        num_optional=1,
+        note="prompt: the instruction and, where there is one, a blank line and the input",
+    ),
     "messages": Form(("messages",), messages_of),
 }
 
@@ -101,12 +137,8 @@ class FoundForm:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """One line a column, to be printed."""
-        roles = FORMS[self.form].roles
-        return tuple(
-            f"{role} column '{name}': {self.recognised.reason}"
-            for role, name in zip(roles, self.columns, strict=True)
-        )
+        """Lines to be printed."""
+        return FORMS[self.form].describe(self.columns, self.recognised.reason)
 
 
 def guess_form(file: RowFile, sample: Sequence[Row]) -> FoundForm | None:
@@ -123,6 +155,11 @@ def guess_form(file: RowFile, sample: Sequence[Row]) -> FoundForm | None:
         return FoundForm("question", tuple(name for name in asked if name), reason)
     for prompt, response in _PROMPTS:
         if prompt in by_name and response in by_name:
+            given = next((name for name in _INPUTS if name in by_name), None)
+            if prompt == "instruction" and given is not None:
+                reason = Recognised(Certainty.NAMES, f"'{prompt}', '{given}' and '{response}'")
+                columns = (by_name[prompt], by_name[given], by_name[response])
+                return FoundForm("instruction", columns, reason)
             # Questions and answers are as often something else.
             sure = Certainty.GUESS if prompt == "question" else Certainty.NAMES
             columns = (by_name[prompt], by_name[response])
@@ -136,7 +173,8 @@ def guess_form(file: RowFile, sample: Sequence[Row]) -> FoundForm | None:
 def named_columns(file: RowFile, wanted: WantedColumns) -> tuple[str, ...] | None:
     """Returns the columns that a person named.
 
-    These are one of texts or chats; prompts and responses; or contexts, questions and answers.
+    These are one of texts or chats; prompts and responses; contexts, questions and answers; or
+    instructions, inputs and outputs.
 
     Raises:
         UsageError: a column that is not there.

@@ -4,6 +4,7 @@
     documents                --[CLS] text [SEP]-->  the same, within each document
     prompt and response      --[CLS] prompt [SEP] response [SEP]-->   only the response is learned
     context, question, answer    the same, the prompt being the question and then the context
+    instruction, input, output   the same, the prompt being the instruction and then the input
     chat messages            --[CLS] role [SEP] text [SEP] role ...-->  only the assistant's texts
 
 Texts that are longer than the model's positions become several windows, none of them padded.
@@ -14,6 +15,7 @@ Shapes: E examples, S sequences, N tokens.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +26,13 @@ from torch import Tensor
 from hasten.core.batch import PackedBatch
 from hasten.core.errors import DataError, UsageError
 from hasten.core.seeds import derive_seed
-from hasten.data.columns import resolve_columns
+from hasten.data.columns import CellError, resolve_columns
 from hasten.data.corpus import Corpus, Reading
 from hasten.data.examples import Examples
-from hasten.data.messages import learned_turns, read_messages
+from hasten.data.messages import LEARNED_ROLE, asked_messages, learned_turns, read_messages
 from hasten.data.packing import pack_shifted
 from hasten.data.redraw import Redraw, redrawn_tokens
-from hasten.data.rows import Row, RowFile
+from hasten.data.rows import Cell, Row, RowFile
 from hasten.data.text_windows import Windows, cut_windows
 from hasten.data.tokenizer import special_token_ids
 from hasten.data.tokens import EncodingFormat, TokenStore, begin_id, end_id, open_tokens
@@ -48,10 +50,11 @@ from hasten.task.contract import (
     WantedColumns,
 )
 from hasten.task.generating import OutputRules, TokenMeter, decode_sequences, token_loss_sum
-from hasten.task.text_columns import FORMS, guess_form, join_question, named_columns
+from hasten.task.text_columns import FORMS, guess_form, named_columns
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 8, 60
-_CUT_FORMS = ("pair", "question", "messages")
+_PROMPTED_FORMS = ("pair", "question", "instruction")
+_CUT_FORMS = (*_PROMPTED_FORMS, "messages")
 _LEARNED = 1
 """Token type of what is learned, where prompts are not."""
 
@@ -107,6 +110,14 @@ class TextExamples(Examples):
             for text, learned in zip(turns, learned_turns(turns), strict=True)
             if learned
         )
+
+    def prompt(self, example: int) -> list[int]:
+        """Returns the tokens before the first one that is learned, where prompts are not."""
+        types = self.store.token_types
+        assert types is not None
+        start, end = self.starts[example], self.ends[example]
+        num_given = int(np.argmax(types[start:end] == _LEARNED))
+        return self.store.token_ids[start : start + num_given].tolist()
 
     def pack(self, examples: np.ndarray, weight: float = 1.0) -> PackedBatch:
         """Packs windows; targets are the next tokens (N,)."""
@@ -189,13 +200,8 @@ class TextGeneration(Task):
         """Chooses the column of texts, of chats, or those of prompts and responses."""
         named = named_columns(file, wanted)
         if named is not None:
-            form = {2: "pair", 3: "question"}.get(len(named)) or cls._form_of(
-                file, sample, named[0]
-            )
-            return cls.reading_of(form, named, None), tuple(
-                f"{role} column '{name}': as asked for"
-                for role, name in zip(FORMS[form].roles, named, strict=True)
-            )
+            form = cls._form_of(file, sample, named)
+            return cls.reading_of(form, named, None), FORMS[form].describe(named, "as asked for")
         if file.format == "text":
             reason = "text: continuous, cut into windows"
             return cls.reading_of("text", file.columns, None), (reason,)
@@ -208,10 +214,16 @@ class TextGeneration(Task):
         return cls.reading_of(found.form, found.columns, None), found.reasons
 
     @classmethod
-    def _form_of(cls, file: RowFile, sample: Sequence[Row], column: str) -> str:
+    def _form_of(cls, file: RowFile, sample: Sequence[Row], columns: tuple[str, ...]) -> str:
+        """Returns how the columns that a person named are read."""
         if file.format == "text":
             return "text"
-        at = resolve_columns(file.columns, [column])[0]
+        found = guess_form(file, sample)
+        if found is not None and found.columns == columns:
+            return found.form
+        if len(columns) > 1:
+            return "pair" if len(columns) == 2 else "question"
+        at = resolve_columns(file.columns, columns)[0]
         holds_lists = sum(isinstance(row.cells[at], list) for row in sample)
         return "messages" if 2 * holds_lists > len(sample) else "documents"
 
@@ -320,18 +332,18 @@ class TextGeneration(Task):
         limit: int | None = None,
     ) -> DecodedSample:
         """Continues the beginning of one example, to be looked at; nothing is measured."""
-        if not len(examples):
+        learned = np.flatnonzero(examples.weights)[:1]
+        if not len(learned):
             return DecodedSample()
-        row = next(examples.corpus.texts(examples.rows[:1]))
-        if self.reading.form in ("pair", "question"):
-            shown, prompt = row[0], self._prompt(row[0])
-        elif self.reading.form == "messages":
-            shown = read_messages(row[0])[1]
-            prompt = self._prompt(shown)
+        row = next(examples.corpus.texts(examples.rows[learned]))
+        if self.reading.form in _CUT_FORMS:
+            assert isinstance(examples, TextExamples)
+            prompt = examples.prompt(int(learned[0]))
+            turns = read_messages(row[0]) if self.reading.form == "messages" else ()
+            shown = turns[max(0, learned_turns(turns).index(1) - 2)] if turns else row[0]
         else:
-            ids = self._encode(row[0][:1000])[:_SAMPLE_PROMPT_TOKENS]
-            shown = self._text(ids)
-            prompt = self._prompt(shown)
+            shown = self._text(self._encode(row[0][:1000])[:_SAMPLE_PROMPT_TOKENS])
+            prompt = self._prompt((shown,))
         taste = DecodingSettings(max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_p=0.95)
         (found,) = self._continue(model, [prompt], machine, taste)
         between = " -> " if self.reading.form in _CUT_FORMS else ""
@@ -341,8 +353,14 @@ class TextGeneration(Task):
 
     @property
     def input_columns(self) -> tuple[str, ...]:
-        """The column of prompts, or those of contexts and questions."""
-        return self.reading.columns[: 2 if self.reading.form == "question" else 1]
+        """The columns that are the prompt together, or the column of texts."""
+        columns = self.reading.columns
+        return columns[:-1] if self.reading.form in _PROMPTED_FORMS else columns
+
+    @property
+    def num_optional_inputs(self) -> int:
+        """An instruction needs no input."""
+        return FORMS[self.reading.form].num_optional
 
     def predict(
         self,
@@ -352,8 +370,10 @@ class TextGeneration(Task):
         settings: PredictSettings,
     ) -> list[dict[str, Any]]:
         """Returns ``{"generated", "score"}``, and the ``alternatives`` where they are wanted."""
-        is_asked = self.reading.form == "question"
-        prompts = [self._prompt(join_question(*row) if is_asked else row[0]) for row in rows]
+        try:
+            prompts = [self._prompt(row) for row in rows]
+        except CellError as error:
+            raise UsageError(f"{error}.") from None
         if settings.stream is not None and len(rows) > 1:
             raise UsageError("only a single output can be told as it comes.")
         stream = None if settings.stream is None else _Stream(settings, self._text)
@@ -381,26 +401,45 @@ class TextGeneration(Task):
         """Builds the task of a saved run."""
         return cls(reading, tokenizers, max_length=values["max_length"])
 
-    def _prompt(self, text: str) -> list[int]:
-        """Returns the tokens that an output continues."""
+    def read_inputs(self, cells: Sequence[Cell]) -> tuple[str, ...]:
+        """Returns a row to predict, of which a file gives the cells; chats as JSON.
+
+        Raises:
+            CellError: there is nothing to continue or to answer, or it is too long.
+        """
+        if self.reading.form == "messages" and isinstance(cells[0], list):
+            asked_messages(cells[0])  # whatever it holds, a list is no text
+            cells = (json.dumps(cells[0]),)
+        inputs = super().read_inputs(cells)
+        self._prompt(inputs)
+        return inputs
+
+    def _prompt(self, row: Sequence[str]) -> list[int]:
+        """Returns the tokens that an output continues.
+
+        Raises:
+            CellError: they are more than the model has positions, or no chat.
+        """
         tokenizer, form = self.tokenizers[0], self.reading.form
-        ids = self._encode(text)
+        if form == "messages":
+            end, turns = end_id(tokenizer), (*asked_messages(row[0]), LEARNED_ROLE)
+            ids = [begin_id(tokenizer)]
+            ids += [token for text in turns for token in (*self._encode(text), end)]
+        else:
+            ids = self._encode(FORMS[form].join(*row))
         if form == "text":
             # Nothing to continue: a line end begins as good a text as any.
             ids = ids or self._encode("\n") or [end_id(tokenizer)]
         elif form == "documents":
             ids = [begin_id(tokenizer), *ids]
-        elif form in ("pair", "question"):
+        elif form in _PROMPTED_FORMS:
             ids = [begin_id(tokenizer), *ids, end_id(tokenizer)]
-        else:
-            end, turn = end_id(tokenizer), [self._encode("user"), ids, self._encode("assistant")]
-            ids = [begin_id(tokenizer), *(token for part in turn for token in (*part, end))]
         if len(ids) <= self.max_length:
             return ids
         if form in _CUT_FORMS:
-            raise UsageError(
+            raise CellError(
                 f"a prompt of {len(ids)} tokens is longer than the model's {self.max_length} "
-                "positions; shorten it."
+                "positions: shorten it"
             )
         return ids[-self.max_length :]  # a model sees no further back than that anyway
 

@@ -8,6 +8,7 @@ It holds no branch on a task's or an optimizer's name: those are looked up in re
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from hasten.config.load import replace_values
 from hasten.config.schema import RunConfig, settled
 from hasten.core.errors import UsageError, nearest
+from hasten.core.ranks import ALONE, Ranks
 from hasten.core.seeds import derive_seed
 from hasten.data.order import steps_per_epoch
 from hasten.data.subword import supports_dropout
@@ -25,7 +27,15 @@ from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
 from hasten.optim.optimizers import build_optimizer, parameter_groups, split_parameters
 from hasten.optim.schedules import PlateauSettings, Schedule, build_schedule
-from hasten.plan.choices import Choice, DataFacts, choose, choose_for_task
+from hasten.parallel.data_parallel import apply_data_parallel
+from hasten.plan.choices import (
+    Choice,
+    DataFacts,
+    choose,
+    choose_for_task,
+    choose_processes,
+)
+from hasten.plan.probe import choose_precision
 from hasten.task.contract import Task
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
@@ -79,15 +89,25 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
         choices.append(Choice("task", task.name, sources.task_reason))
     config, of_task = choose_for_task(config, task.name, task.architecture, task.default_metric)
     _check_evaluation(config, task)
+    config, of_processes = choose_processes(config)
     warn_about_rows(sources, observer)
     data = prepare_data(config, sources, observer)
     choices += data.choices
     config = replace_values(config, {choice.key: choice.value for choice in choices})
     config, of_data = choose(config, _facts(data))
-    for choice in (Choice("train.device", device.type, device_reason), *of_task, *of_data):
-        observer.note(f"{choice.key}: {_shown(choice.value)} ({choice.reason})")
-        choices.append(choice)
-    config = replace_values(config, {"train.device": device.type})
+    precision, precision_reason, slow = choose_precision(
+        config.train.precision, device, settled(config.model.hidden_size)
+    )
+    if slow:
+        observer.warn(slow)
+    if config.train.precision == "auto":
+        of_data.append(Choice("train.precision", precision, precision_reason))
+    chosen = [Choice("train.device", device.type, device_reason), *of_processes, *of_task, *of_data]
+    for reason, some in itertools.groupby(chosen, lambda choice: choice.reason):
+        settings = ", ".join(f"{choice.key} {_shown(choice.value)}" for choice in some)
+        observer.note(f"{settings} ({reason})")
+    choices += chosen
+    config = replace_values(config, {"train.device": device.type, "train.precision": precision})
     return Plan(config, choices, with_drawing(data, config), device)
 
 
@@ -143,14 +163,15 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity is not None else torch.get_num_threads()
 
 
-def build_loop(plan: Plan, folder: Path, observer: Observer) -> Loop:
-    """Builds model, optimizer, schedule and loop for a planned run."""
+def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALONE) -> Loop:
+    """Builds model, optimizer, schedule and loop for a planned run; all its processes at once."""
     config, data = plan.config, plan.data
     if config.train.deterministic and plan.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(derive_seed("weights", config.train.seed))
     model = build_model(config, data.task).to(plan.device)
+    parallel = apply_data_parallel(model, ranks, model.blocks)
     named = list(model.named_parameters())
     decayed, _ = split_parameters(named)
     optimizer = build_optimizer(
@@ -164,6 +185,7 @@ def build_loop(plan: Plan, folder: Path, observer: Observer) -> Loop:
     ema_decay = settled(config.train.ema_decay)
     parts = Parts(
         model=model,
+        parallel=parallel,
         task=data.task,
         optimizer=optimizer,
         schedule=_build_schedule(plan),
@@ -175,6 +197,7 @@ def build_loop(plan: Plan, folder: Path, observer: Observer) -> Loop:
             learning_rate=settled(config.train.learning_rate),
             micro_batch_tokens=settled(config.train.micro_batch_tokens),
             gradient_clip=config.train.gradient_clip,
+            precision=settled(config.train.precision),
             l1=config.train.l1,
             l2=config.train.l2,
         ),

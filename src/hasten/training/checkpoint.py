@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from hasten.core.errors import DamagedError, MachineError
 from hasten.core.files import committed_folder, file_hash, machine_errors, remove_partials
+from hasten.core.ranks import Ranks
+from hasten.core.shards import copy_whole_, whole
 
 FORMAT_VERSION = 1
 _KEPT = 2
@@ -91,6 +93,21 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(tensors, manifest)
 
 
+def gather_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Returns whole tensors, on rank 0 only where there are several processes.
+
+    They are gathered one by one, so that rank 0 alone holds them all, on the host.
+    """
+    if ranks.size == 1:
+        return dict(tensors)
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        one = whole(tensor)
+        if ranks.is_main:
+            gathered[name] = one.detach().cpu()
+    return gathered
+
+
 def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copies tensors into a module's own storage.
 
@@ -108,7 +125,7 @@ def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> No
                     f"tensor '{name}' in {what} has shape {tuple(tensors[name].shape)}, "
                     f"the model expects {tuple(target.shape)}."
                 )
-            target.copy_(tensors[name])
+            copy_whole_(target, tensors[name])
 
 
 def _read_manifest(path: Path, older: str) -> dict[str, Any]:
@@ -146,5 +163,6 @@ def _check_written(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    # Compared as bytes, since NaN differs from itself and -0.0 equals 0.0.
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    # Compared as bytes, since NaN differs from itself and -0.0 equals 0.0. The dim that is cut into
+    # bytes is a new one: those of a tensor of no or one element may have a stride other than 1.
+    return tensor.detach().cpu().unsqueeze(-1).view(torch.uint8)

@@ -15,6 +15,7 @@ from hasten.data.order import cut_micro_batches
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
+from hasten.parallel.data_parallel import DataParallel
 from hasten.task.contract import DecodedSample, Machine, Meter, Task
 
 
@@ -34,23 +35,36 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def measure(model: Transformer, task: Task, examples: Examples, machine: Machine) -> Meter:
+def measure(
+    model: Transformer,
+    task: Task,
+    examples: Examples,
+    machine: Machine,
+    parallel: DataParallel | None = None,
+) -> Meter:
     """Returns a meter that counted every example once.
 
     Args:
         model: measured as it is, dropout off; its mode is restored.
         task: what is counted.
         examples: of one split.
-        machine: where to compute, in which portions.
+        machine: where to compute, in which portions; its processes share the examples, and all
+            of them get the whole count.
+        parallel: how the model is spread over them; None where each has it to itself.
     """
-    meter, was_training = task.new_meter(examples), model.training
+    meter, was_training, ranks = task.new_meter(examples), model.training, machine.ranks
     model.eval()
-    numbers = np.arange(len(examples))
-    for piece in cut_micro_batches(numbers, examples.lengths, machine.batch_tokens):
+    pieces = cut_micro_batches(np.arange(len(examples)), examples.lengths, machine.batch_tokens)
+    own = list(ranks.share(pieces))
+    for piece in own:
         batch = examples.pack(piece).to(machine.device)
         meter.update(model(batch), batch)
+    if parallel is not None:
+        if parallel.in_step and len(own) < -(-len(pieces) // ranks.size):
+            model(examples.pack(pieces[0]).to(machine.device))  # the others cannot do without
+        parallel.settle()
     model.train(was_training)
-    return meter
+    return meter if ranks.size == 1 else meter.merged(ranks.gather(meter.state()))
 
 
 def evaluate(
@@ -62,6 +76,7 @@ def evaluate(
     decoding: DecodingSettings | None = None,
     limit: int | None = None,
     average: WeightAverage | None = None,
+    parallel: DataParallel | None = None,
 ) -> Evaluation:
     """Measures a model on a split, with the averaged weights where there are any.
 
@@ -73,16 +88,18 @@ def evaluate(
         decoding: how to decode, where the task decodes; None to leave it out.
         limit: decode only so many examples; None for all.
         average: weights to measure in place of the model's own.
+        parallel: how the model is spread over processes.
     """
     start = time.perf_counter()
     was_training = model.training
     with average.swapped() if average is not None else nullcontext(), torch.inference_mode():
-        meter = measure(model, task, examples, machine)
+        meter = measure(model, task, examples, machine, parallel)
         seconds = time.perf_counter() - start
         decoded = DecodedSample()
         if decoding is not None and limit != 0:
             model.eval()
-            decoded = task.decode(model, examples, machine, decoding, limit)
+            with nullcontext() if parallel is None else parallel.gathered():
+                decoded = task.decode(model, examples, machine, decoding, limit)
             model.train(was_training)
     num_tokens = int(examples.lengths.sum())
     metrics = {

@@ -13,7 +13,7 @@ from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
 from hasten.task.contract import Machine
 from hasten.training.build import Plan
-from hasten.training.checkpoint import copy_into
+from hasten.training.checkpoint import copy_into, gather_tensors
 from hasten.training.evaluate import evaluate, measure
 from hasten.training.loop import Loop
 from hasten.training.saved import SavedModel, save_model
@@ -33,11 +33,16 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
     decoding = DecodingSettings(
         num_beams=settled(config.eval.num_beams), length_penalty=config.eval.length_penalty
     )
-    machine = Machine(parts.device, parts.settings.micro_batch_tokens)
+    ranks = parts.parallel.ranks
+    machine = Machine(parts.device, parts.settings.micro_batch_tokens, ranks)
     validation = data.splits["validation"]
     if len(validation):
-        data.task.calibrate(lambda: measure(parts.model, data.task, validation, machine))
-    save_model(loop.folder / "model", SavedModel(parts.model, data.task, decoding))
+        data.task.calibrate(
+            lambda: measure(parts.model, data.task, validation, machine, parts.parallel)
+        )
+    tensors = gather_tensors(parts.model.state_dict(), ranks)
+    saved = SavedModel(parts.model, data.task, decoding)
+    ranks.on_main(lambda: save_model(loop.folder / "model", saved, tensors))
     result: dict[str, Any] = {"run": str(loop.folder), "task": data.task.name}
     result["input_columns"] = list(data.task.input_columns)
     judged = data.splits["train"]
@@ -45,12 +50,16 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
         split = data.splits.get(name)
         if split is not None and len(split):
             judged = split
-            found = evaluate(parts.model, data.task, split, machine, decoding=decoding)
+            found = evaluate(
+                parts.model, data.task, split, machine, decoding=decoding, parallel=parts.parallel
+            )
             result[name] = {**found.metrics, **found.details, "samples": list(found.samples)}
             result["judged_on"] = name
     result.setdefault("judged_on", "train")
     if config.eval.baseline:
-        result["baselines"] = data.task.baselines(data.splits["train"], judged, loop.observer.note)
+        result["baselines"] = ranks.on_main(
+            lambda: data.task.baselines(data.splits["train"], judged, loop.observer.note)
+        )
     result["training"] = _training_facts(loop, plan)
     return result
 

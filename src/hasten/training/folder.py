@@ -37,7 +37,7 @@ from hasten.plan.choices import Choice
 from hasten.training.machine import describe_machine
 from hasten.training.prepare import PreparedData
 from hasten.training.saved import save_tokenizers
-from hasten.training.sources import expand
+from hasten.training.sources import aligned_paths, expand
 
 _LOCK_NAME = ".lock"
 _SUFFIXES = r"(\.(csv|tsv|jsonl|ndjson|json|parquet|txt|text|gz))+$"
@@ -234,10 +234,7 @@ def describe_data(
 
 def _paths(config: DataConfig, split: str) -> list[str]:
     """Returns the files of a split; patterns are expanded already."""
-    if paths := getattr(config, split):
-        return list(paths)
-    prefix = "" if split == "train" else f"{split}_"
-    return [p for p in (getattr(config, f"{prefix}{side}") for side in ("source", "target")) if p]
+    return [*(getattr(config, split) or ()), *aligned_paths(config, split)]
 
 
 def _settle_paths(config: RunConfig, folder: Path, partial: Path) -> RunConfig:
@@ -247,11 +244,11 @@ def _settle_paths(config: RunConfig, folder: Path, partial: Path) -> RunConfig:
         if paths := getattr(config.data, split):
             settled = [_settle(Path(path), folder, partial) for path in expand(paths)]
             values[f"data.{split}"] = tuple(settled)
-        elif _paths(config.data, split):
-            prefix = "" if split == "train" else f"{split}_"
-            for side in ("source", "target"):
-                path = getattr(config.data, f"{prefix}{side}")
-                values[f"data.{prefix}{side}"] = str(Path(path).absolute())
+        prefix = "" if split == "train" else f"{split}_"
+        for side, path in zip(
+            ("source", "target"), aligned_paths(config.data, split), strict=False
+        ):
+            values[f"data.{prefix}{side}"] = str(Path(path).absolute())
     return replace_values(config, values)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from hasten.config.schema import DataConfig
 from hasten.core.errors import UsageError
 from hasten.core.files import machine_errors
-from hasten.data.columns import CellError, resolve_columns, text_of, texts_of
+from hasten.data.columns import CellError, resolve_columns
 from hasten.data.rows import Rejected, RowFile
 from hasten.task.contract import PredictSettings
 from hasten.training.run import Run, columns_of, rows_of
@@ -53,7 +53,7 @@ def label_file(
         text_columns: names or numbers; those of the training by default.
         reading: delimiter, header and encoding, where they are not to be detected.
         settings: how to predict; as the run does by default.
-        warn: told of the first rows that get no label.
+        warn: told of the first rows that get no prediction.
 
     Returns:
         num_labelled, num_unlabelled (kept, with empty cells), num_rejected (not readable as rows).
@@ -93,6 +93,7 @@ def _label_chunk(
     settings: PredictSettings | None,
 ) -> None:
     kept, texts = [], []
+    wanted = "output" if run.task.generates else "label"
     for row in chunk:
         if isinstance(row, Rejected):
             counts["num_rejected"] += 1
@@ -100,13 +101,12 @@ def _label_chunk(
                 problems.append(f"{row.file}, line {row.line}: {row.reason}; left out")
             continue
         try:
-            texts_of(row.cells, at)  # whether there is any text
-            texts.append(tuple(_as_text(row.cells[i]) for i in at))
+            texts.append(run.task.read_inputs([row.cells[i] for i in at]))
             kept.append((row.cells, True))
         except CellError as error:
             counts["num_unlabelled"] += 1
             if len(problems) < _MAX_WARNINGS:
-                problems.append(f"{file.display_name}, line {row.line}: {error}; no label")
+                problems.append(f"{file.display_name}, line {row.line}: {error}; no {wanted}")
             kept.append((row.cells, False))
     predictions = run.predict_rows(texts, settings)
     names = _predicted(run, settings)
@@ -123,15 +123,13 @@ def _predicted(run: Run, settings: PredictSettings | None) -> tuple[str, ...]:
     return (*run.task.prediction_columns, *(["alternatives"] if has_more else []))
 
 
-def _as_text(cell: Any) -> str:
-    """Returns a cell with its white space, in which a task may count places."""
-    return cell if isinstance(cell, str) else "" if cell is None else text_of(cell)
-
-
 def _columns(run: Run, file: RowFile) -> tuple[str, ...]:
     """The columns to predict from: those of the training, or the only one there is."""
     wanted = run.task.input_columns
-    return file.columns if len(file.columns) == len(wanted) == 1 else wanted
+    fewest = len(wanted) - run.task.num_optional_inputs
+    if len(file.columns) == fewest == 1:
+        return file.columns
+    return (*wanted[:fewest], *(name for name in wanted[fewest:] if name in file.columns))
 
 
 @contextmanager

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import DivergenceError
+from hasten.core.ranks import Ranks
+from hasten.core.shards import is_sharded, placed_like
 from hasten.data.examples import Examples
 from hasten.data.order import plan_epoch, steps_per_epoch
 from hasten.model.search import DecodingSettings
@@ -31,11 +33,13 @@ from hasten.task.contract import Machine, Meter
 from hasten.training.checkpoint import (
     Checkpoint,
     copy_into,
+    gather_tensors,
     load_newest_checkpoint,
     save_checkpoint,
 )
 from hasten.training.evaluate import evaluate
 from hasten.training.observe import EvaluationInfo, MetricsLog, Observer, StepInfo
+from hasten.training.precision import first_loss_scale, next_loss_scale
 from hasten.training.state import TrainState
 from hasten.training.step import Parts, StepResult, run_step
 
@@ -107,6 +111,7 @@ class Loop:
     def __post_init__(self) -> None:
         """Begins to count."""
         self.pace = Pace(self.parts.task.new_meter())
+        self.state.loss_scale = first_loss_scale(self.parts.settings.precision)
 
     def resume(self) -> int:
         """Puts the newest checkpoint back; returns the length metrics.jsonl had then."""
@@ -119,9 +124,12 @@ class Loop:
         self.parts.schedule.load_state_dict(scalars["schedule"])
         if self.parts.average is not None:
             self.parts.average.load(tensors["average"], scalars["average"])
-        self.best = tensors.get("best", {})
+        own = self.parts.model.state_dict()
+        self.best = {
+            name: placed_like(tensor, own[name]) for name, tensor in tensors.get("best", {}).items()
+        }
         self.state = TrainState.from_dict(scalars["state"])
-        self.pace.load(tensors["pace"])
+        self.pace.load(tensors["pace"], with_meter=self.parts.parallel.ranks.is_main)
         return int(scalars["metrics_bytes"])
 
     def run(self, log: MetricsLog) -> None:
@@ -132,7 +140,7 @@ class Loop:
             Interrupted: a signal arrived; a checkpoint was written first.
             MachineError: a checkpoint cannot be written.
         """
-        state, settings = self.state, self.settings
+        state, settings, ranks = self.state, self.settings, self.parts.parallel.ranks
         per_epoch = steps_per_epoch(self.train.lengths, settings.tokens_per_step)
         saved_at, epoch, batches, train = time.monotonic(), -1, [], self.train
         with _signals() as received:
@@ -149,15 +157,22 @@ class Loop:
                 # Augmentation can leave fewer examples than the run has steps for an epoch.
                 examples = batches[state.step % per_epoch % len(batches)]
                 started = time.perf_counter()
-                result = run_step(self.parts, train, examples, state.step, self.pace.meter)
+                scale = state.loss_scale
+                result = run_step(self.parts, train, examples, state.step, self.pace.meter, scale)
                 state.step += 1
                 state.num_tokens += result.num_tokens
                 state.num_positions += result.num_positions
                 state.num_attention_positions += result.num_attention_positions
-                if not result.is_finite:
-                    self._skip(train.lines(examples.tolist()), log)
-                else:
+                if result.is_finite:
                     state.skipped_in_a_row = 0
+                elif scale > 1:
+                    self._lower_scale(log)
+                else:
+                    self._skip(train.lines(examples.tolist()), log)
+                if scale > 1:
+                    state.loss_scale, state.loss_scale_steps = next_loss_scale(
+                        scale, state.loss_scale_steps, result.is_finite
+                    )
                 self.pace.add(result, time.perf_counter() - started)
                 state.train_seconds += time.perf_counter() - started
                 if state.step % settings.log_every == 0 or state.step == settings.total_steps:
@@ -168,19 +183,28 @@ class Loop:
                 if due:
                     self._evaluate(per_epoch, log)
                 late = time.monotonic() - saved_at > settings.checkpoint_seconds
-                if due or late or received:
+                # Clocks and signals differ among processes: what one has seen, all have.
+                late, stops, terminates = ranks.any(
+                    [late, bool(received), signal.SIGTERM in received]
+                )
+                if due or late or stops:
                     self.save(log)
                     saved_at = time.monotonic()
-                if received:
-                    raise Interrupted(received[0], self.folder)
+                if stops:
+                    number = signal.SIGTERM if terminates else signal.SIGINT
+                    raise Interrupted(number, self.folder)
 
     def save(self, log: MetricsLog) -> None:
-        """Writes a checkpoint of everything that ``resume`` puts back."""
+        """Writes a checkpoint of everything that ``resume`` puts back, whatever the layout then.
+
+        All processes gather what they hold in parts; rank 0 writes.
+        """
+        ranks = self.parts.parallel.ranks
         optimizer_tensors, optimizer_scalars = flatten_optimizer_state(self.parts.optimizer)
         tensors = {
             "model": dict(self.parts.model.state_dict()),
             "optimizer": optimizer_tensors,
-            "pace": self.pace.tensors(),
+            "pace": self.pace.tensors(ranks),
         }
         average = self.parts.average
         if average is not None:
@@ -194,7 +218,16 @@ class Loop:
             "average": average.scalars() if average is not None else None,
             "metrics_bytes": log.length(),
         }
-        save_checkpoint(self.folder / "checkpoints", self.state.step, Checkpoint(tensors, scalars))
+        tensors = {group: gather_tensors(some, ranks) for group, some in tensors.items()}
+        checkpoint = Checkpoint(tensors, scalars)
+        ranks.on_main(
+            lambda: save_checkpoint(self.folder / "checkpoints", self.state.step, checkpoint)
+        )
+
+    def _lower_scale(self, log: MetricsLog) -> None:
+        """Counts a step that was skipped because it overflowed in float16; the next tries less."""
+        self.state.num_skipped += 1
+        log.write({"step": self.state.step, "skipped": True, "loss_scale": self.state.loss_scale})
 
     def _skip(self, lines: dict[str, list[int]], log: MetricsLog) -> None:
         """Counts a step that was not finite, and stops where it was one too many."""
@@ -212,13 +245,14 @@ class Loop:
 
     def _report(self, last: StepResult, per_epoch: int, log: MetricsLog) -> None:
         state, settings, pace = self.state, self.settings, self.pace
+        counted = pace.merged_meter(self.parts.parallel.ranks)
         self.pace = Pace(self.parts.task.new_meter())
         info = StepInfo(
             step=state.step,
             total_steps=settings.total_steps,
             epoch=state.step / per_epoch,
             loss=pace.loss / pace.steps if pace.steps else math.nan,
-            accuracy=pace.meter.compute().get("accuracy"),
+            accuracy=counted.compute().get("accuracy"),
             learning_rate=last.learning_rate,
             gradient_norm=last.gradient_norm,
             num_tokens=state.num_tokens,
@@ -237,6 +271,8 @@ class Loop:
             "num_tokens": info.num_tokens,
             "tokens_per_second": round(info.tokens_per_second, 1),
         }
+        if state.loss_scale != 1:
+            entry["loss_scale"] = state.loss_scale
         log.write(entry)
         self.observer.step(info)
 
@@ -249,10 +285,11 @@ class Loop:
             parts.model,
             parts.task,
             self.validation,
-            Machine(parts.device, parts.settings.micro_batch_tokens),
+            Machine(parts.device, parts.settings.micro_batch_tokens, parts.parallel.ranks),
             decoding=DecodingSettings(),
             limit=settings.decode_examples,
             average=parts.average,
+            parallel=parts.parallel,
         )
         metrics = found.metrics
         is_best = state.record(
@@ -272,11 +309,14 @@ class Loop:
         )
 
     def _weights(self) -> dict[str, Tensor]:
-        """Returns copies of the weights that were evaluated."""
-        weights = {n: t.detach().cpu().clone() for n, t in self.parts.model.state_dict().items()}
+        """Returns copies of the weights that were evaluated: on the host, unless sharded."""
+        weights = dict(self.parts.model.state_dict())
         if self.parts.average is not None:
-            weights |= {n: t.cpu().clone() for n, t in self.parts.average.tensors().items()}
-        return weights
+            weights |= self.parts.average.tensors()
+        return {
+            name: (tensor if is_sharded(tensor) else tensor.cpu()).detach().clone()
+            for name, tensor in weights.items()
+        }
 
 
 def _shortened(lines: dict[str, list[int]]) -> str:
@@ -304,17 +344,27 @@ class Pace:
             self.loss += result.loss
             self.steps += 1
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns everything as tensors."""
-        sums = torch.tensor([self.loss, self.seconds, self.tokens, self.steps], dtype=torch.float64)
-        return {"sums": sums, **{f"meter.{n}": t for n, t in self.meter.state().items()}}
+    def merged_meter(self, ranks: Ranks) -> Meter:
+        """Returns a meter of what all processes counted; this one's own is used up."""
+        return (
+            self.meter if ranks.size == 1 else self.meter.merged(ranks.gather(self.meter.state()))
+        )
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on from ``tensors``."""
+    def tensors(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Returns everything as tensors, of all processes together."""
+        sums = torch.tensor([self.loss, self.seconds, self.tokens, self.steps], dtype=torch.float64)
+        own = self.meter.state()
+        counted = self.merged_meter(ranks).state()
+        self.meter.load(own)
+        return {"sums": sums, **{f"meter.{n}": t for n, t in counted.items()}}
+
+    def load(self, tensors: Mapping[str, Tensor], *, with_meter: bool) -> None:
+        """Goes on from ``tensors``; what all processes counted goes on with one of them."""
         self.loss, self.seconds, tokens, steps = tensors["sums"].tolist()
         self.tokens, self.steps = int(tokens), int(steps)
-        meter = {n.removeprefix("meter."): t for n, t in tensors.items() if n != "sums"}
-        self.meter.load(meter)
+        if with_meter:
+            meter = {n.removeprefix("meter."): t for n, t in tensors.items() if n != "sums"}
+            self.meter.load(meter)
 
 
 @contextmanager

@@ -144,10 +144,11 @@ class Run:
         """Predicts rows of text cells one chunk at a time, in bounded memory."""
         iterator, settings = iter(rows), settings or self.settings()
         columns = self.task.input_columns
+        fewest = len(columns) - self.task.num_optional_inputs
         machine = Machine(self.device, _BATCH_TOKENS)
         while chunk := list(itertools.islice(iterator, _CHUNK_TEXTS)):
             for row in chunk:
-                if len(row) != len(columns):
+                if not fewest <= len(row) <= len(columns):
                     raise UsageError(
                         f"this run takes {len(columns)} texts for each prediction "
                         f"({', '.join(columns)}); a row of {len(row)} was given."
@@ -191,9 +192,8 @@ class Run:
         observer, options = observer or Silent(), reading or DataConfig()
         task, own = self.task, self.task.reading
         with rows_of(path, options) as file, columns_of(file):
-            is_pair = file.format == "aligned" and len(own.columns) == 2
-            columns = text_columns or (file.columns if is_pair else own.columns)
-            wanted = task.reading_of(own.form, tuple(columns), label_column or own.label)
+            columns = tuple(text_columns or own.columns)
+            wanted = task.reading_of(own.form, columns, label_column or own.label)
             corpus = open_corpus([file], wanted)
         check_rejected(corpus, options.max_rejected_fraction)
         for rejected in corpus.rejected[:5]:
@@ -267,7 +267,8 @@ def train(
 
     Args:
         data: CSV, TSV, JSONL, Parquet, text or SQuAD JSON, also gzipped; or several files. Two
-            line-aligned files are given as ``settings={"data.source": ..., "data.target": ...}``.
+            line-aligned files are given as ``settings={"data.source": ..., "data.target": ...}``,
+            alone or beside tables of pairs.
         validation: file to choose the best model by; a tenth of ``data`` by default.
         test: file measured once at the end.
         output: the run's folder; runs/<data>-<n> by default.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from hasten.core.errors import DamagedError
 from hasten.core.files import committed_folder, file_hash, machine_errors
@@ -68,8 +70,13 @@ def load_tokenizers(folder: Path) -> tuple[Tokenizer, ...]:
     )
 
 
-def save_model(folder: Path, saved: SavedModel) -> None:
+def save_model(folder: Path, saved: SavedModel, tensors: Mapping[str, Tensor]) -> None:
     """Writes the folder in one rename.
+
+    Args:
+        folder: to be written.
+        saved: what it holds.
+        tensors: the model's, whole.
 
     Raises:
         MachineError: it cannot be written.
@@ -96,8 +103,8 @@ def save_model(folder: Path, saved: SavedModel) -> None:
         },
     }
     with machine_errors("writing the model"), committed_folder(folder) as partial:
-        tensors = {n: t.detach().cpu().contiguous() for n, t in saved.model.state_dict().items()}
-        save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(own, partial / _WEIGHTS, metadata={"format": "pt"})
         names = [_WEIGHTS, *save_tokenizers(partial, task.tokenizers)]
         content["hasten"]["sha256"] = {name: file_hash(partial / name) for name in names}
         (partial / "config.json").write_text(

@@ -7,24 +7,27 @@ resume_run -> check data -> plan from the saved configuration -> newest checkpoi
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import os
+import re
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from hasten.config.load import replace_values
-from hasten.config.schema import RunConfig
-from hasten.core.errors import OutOfMemoryError, UsageError
-from hasten.core.files import machine_errors, remove_partials
-from hasten.data.cache import cache_folder, clear_leftovers
+from hasten.config.schema import ParallelConfig, RunConfig
+from hasten.core.errors import LostProcessError, OutOfMemoryError, UsageError
+from hasten.core.files import FileLock, machine_errors, remove_partials
+from hasten.core.ranks import Ranks
+from hasten.data.cache import clear_leftovers, folder_for_stdin
 from hasten.data.rows import spool_standard_input
+from hasten.parallel.heartbeat import beating
+from hasten.parallel.layout import Layout
+from hasten.parallel.world import World, find_place, joined
 from hasten.training.build import Plan, available_cores, build_loop, plan_run
 from hasten.training.finish import finish_run
 from hasten.training.folder import (
@@ -38,10 +41,13 @@ from hasten.training.folder import (
 )
 from hasten.training.loop import Interrupted, Loop
 from hasten.training.machine import choose_device, keep_freed_memory
-from hasten.training.observe import MetricsLog, Observer, Silent
+from hasten.training.observe import MetricsLog, NoLog, Observer, Silent
 from hasten.training.prepare import prepare_data, with_drawing
 from hasten.training.saved import load_tokenizers
 from hasten.training.sources import open_sources
+
+# What gloo and NCCL write when the other end of a connection has gone.
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)", re.IGNORECASE)
 
 
 def start_run(config: RunConfig, output: str | Path | None, observer: Observer) -> dict[str, Any]:
@@ -51,28 +57,83 @@ def start_run(config: RunConfig, output: str | Path | None, observer: Observer) 
         HastenError: see each subclass for what a person can do.
         Interrupted: a signal arrived; the run can be resumed.
     """
-    with _computing(config), _spooled(config) as config:
-        folder = choose_folder(output, config.data)
-        plan = plan_run(config, observer)
-        loop = build_loop(plan, folder, observer)  # settings that do not fit leave no folder
-        config = create_folder(folder, plan.config, plan.choices, plan.data, plan.device)
-        observer.note(f"run folder: {folder}")
-        return _train(loop, dataclasses.replace(plan, config=config))
+    if output is not None and _started_again(Path(output)):
+        return resume_run(Path(output), observer)
+    with _joined(config) as ranks, _computing(config), _spooled(config) as config:
+        begun: list[tuple[Plan, Loop]] = []
+
+        def begin() -> Path:
+            folder = choose_folder(output, config.data)
+            plan = plan_run(_with_layout(config, ranks), observer)
+            loop = build_loop(plan, folder, observer)  # settings that do not fit leave no folder
+            final = create_folder(folder, plan.config, plan.choices, plan.data, plan.device)
+            observer.note(f"run folder: {folder}")
+            begun.append((dataclasses.replace(plan, config=final), loop))
+            return folder
+
+        folder = ranks.on_main(begin)
+        if ranks.size == 1:
+            plan, loop = begun[0]
+            return _train(loop, plan)
+        # The others go on as a resumed run does: from what the folder says.
+        plan = begun[0][0] if begun else _saved_plan(folder)
+        begun.clear()
+        return _train(build_loop(plan, folder, _heard(observer, ranks), ranks), plan)
 
 
-def resume_run(folder: Path, observer: Observer) -> dict[str, Any]:
+def resume_run(
+    folder: Path, observer: Observer, parallel: ParallelConfig | None = None
+) -> dict[str, Any]:
     """Goes on with a run from its newest checkpoint; a finished one is only measured again.
+
+    Args:
+        folder: of the run.
+        observer: told of what happens.
+        parallel: processes to go on with, where they are not to be those of before.
 
     Raises:
         DataError: a data file has changed.
         DamagedError: a checkpoint is damaged.
     """
-    config, data = read_folder(folder)
-    lock_folder(folder).release()  # refuse early, before the work of preparing
-    check_data_unchanged(data)
-    with _computing(config):
-        plan = _replan(config, load_tokenizers(folder))
-        return _train(build_loop(plan, folder, observer), plan)
+    config = resumed_config(folder, parallel)
+    with _joined(config) as ranks, _computing(config):
+        if ranks.is_main:
+            lock_folder(folder).release()  # refuse early, before the work of preparing
+        plan = _saved_plan(folder, _with_layout(config, ranks))
+        return _train(build_loop(plan, folder, _heard(observer, ranks), ranks), plan)
+
+
+def resumed_config(folder: Path, parallel: ParallelConfig | None = None) -> RunConfig:
+    """Returns the configuration with which a run goes on.
+
+    Where it goes on with other processes than before, the threads of each are chosen anew.
+
+    Raises:
+        UsageError: it is not a run folder.
+        DamagedError: its configuration cannot be read.
+    """
+    config, _ = read_folder(folder)
+    place = find_place()
+    if parallel is None and place is not None and place.size != config.parallel.processes:
+        parallel = ParallelConfig()  # torchrun or srun has decided
+    if parallel is None or parallel == config.parallel:
+        return config
+    values = {f"parallel.{name}": value for name, value in parallel.model_dump().items()}
+    return replace_values(config, {**values, "train.num_threads": "auto"})
+
+
+def speaks() -> bool:
+    """Returns whether this process is the one of its run that prints."""
+    place = find_place()
+    return place is None or place.rank == 0
+
+
+def _with_layout(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """Returns the configuration with the processes that there are, and what they are for."""
+    layout = ranks.layout if isinstance(ranks, World) else Layout()
+    return replace_values(
+        config, {"parallel.processes": layout.size, "parallel.layout": str(layout)}
+    )
 
 
 def plan_only(config: RunConfig, output: str | Path | None, observer: Observer) -> Plan:
@@ -89,20 +150,20 @@ def plan_only(config: RunConfig, output: str | Path | None, observer: Observer) 
 
 
 def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
-    folder = loop.folder
-    lock = lock_folder(folder)
+    folder, ranks = loop.folder, loop.parts.parallel.ranks
+    locks: list[FileLock] = []
+    ranks.on_main(lambda: locks.append(lock_folder(folder)))
     try:
         with machine_errors(f"writing to {folder}"), library_errors():
-            remove_partials(folder)
-            log = MetricsLog(folder / "metrics.jsonl", loop.resume())
+            ranks.on_main(lambda: remove_partials(folder))
+            length = loop.resume()
+            log = MetricsLog(folder / "metrics.jsonl", length) if ranks.is_main else NoLog()
             if loop.state.step:
                 loop.observer.note(f"resumed at step {loop.state.step} of {plan.total_steps}")
-            try:
+            with closing(log), beating(ranks.rank):
                 loop.run(log)
-            finally:
-                log.close()
             result = finish_run(loop, plan)
-            write_result(folder, result)
+            ranks.on_main(lambda: write_result(folder, result))
         return result
     except BaseException as stop:
         # A signal outside the loop, which has its own way of stopping: before its first step, or
@@ -111,15 +172,50 @@ def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
             raise Interrupted(getattr(stop, "signal_number", signal.SIGINT), folder) from None
         raise
     finally:
-        lock.release()
+        for lock in locks:
+            lock.release()
 
 
-def _replan(config: RunConfig, tokenizers: tuple[Tokenizer, ...]) -> Plan:
-    """The plan of a run whose choices are already made."""
+def _saved_plan(folder: Path, config: RunConfig | None = None) -> Plan:
+    """Returns the plan of a run whose choices are already made; ``config`` instead of its own."""
+    saved, data = read_folder(folder)
+    check_data_unchanged(data)
+    config = config or saved
     device, _ = choose_device(config.train.device)
     sources = open_sources(config, Silent())
-    data = prepare_data(config, sources, Silent(), tokenizers)
-    return Plan(config, [], with_drawing(data, config), device)
+    prepared = prepare_data(config, sources, Silent(), load_tokenizers(folder))
+    return Plan(config, [], with_drawing(prepared, config), device)
+
+
+def _started_again(folder: Path) -> bool:
+    """Returns whether the processes had begun a run there when they lost one of them."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return count not in ("", "0") and (folder / "config.yaml").is_file()
+
+
+def _heard(observer: Observer, ranks: Ranks) -> Observer:
+    """Returns whom to tell: one process speaks for all."""
+    return observer if ranks.is_main else Silent()
+
+
+@contextmanager
+def _joined(config: RunConfig) -> Iterator[Ranks]:
+    """Joins the processes of the run; one that loses the others says so.
+
+    Raises:
+        LostProcessError: another process has gone.
+    """
+    device, _ = choose_device(config.train.device)
+    wanted = config.parallel.processes
+    with joined(config.parallel.layout, None if wanted == "auto" else wanted, device.type) as ranks:
+        try:
+            yield ranks
+        except RuntimeError as error:
+            if ranks.size == 1 or not _LOST.search(str(error)):
+                raise
+            raise LostProcessError(
+                f"rank {ranks.rank} has lost another process of the run and stops."
+            ) from error
 
 
 @contextmanager
@@ -174,10 +270,6 @@ def standard_input_as_file() -> Iterator[Path]:
     """
     if sys.stdin.isatty():
         raise UsageError("- means standard input, and nothing is piped into it.")
-    with machine_errors("keeping standard input"):
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="stdin-", dir=cache_folder()))
-    try:
+    clear_leftovers()
+    with folder_for_stdin() as folder:
         yield spool_standard_input(sys.stdin.buffer, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -20,7 +20,6 @@ from hasten.config.schema import DataConfig, RunConfig
 from hasten.core.errors import DataError, UsageError
 from hasten.data.aligned import open_aligned
 from hasten.data.cache import cache_folder
-from hasten.data.columns import resolve_columns
 from hasten.data.corpus import (
     Corpus,
     Reading,
@@ -28,6 +27,7 @@ from hasten.data.corpus import (
     held_out_rows,
     held_out_tail,
     open_corpus,
+    positions_in,
 )
 from hasten.data.inspection import ChosenReading
 from hasten.data.rows import Rejected, Row, RowFile, open_rows
@@ -77,7 +77,13 @@ def open_sources(config: RunConfig, observer: Observer) -> Sources:
         observer.note(note)
     sample = sample_rows(files[0])
     wanted = wanted_columns(data)
-    task, task_reason = _choose_task(config.task, files[0], sample, wanted)
+    aligned = next((file for file in files[1:] if file.format == "aligned"), None)
+    if aligned is None:
+        task, task_reason = _choose_task(config.task, files[0], sample, wanted)
+    else:
+        observer.note(f"also {aligned.display_name}, {', '.join(aligned.notes)}")
+        task, task_reason = _choose_task(config.task, aligned, sample_rows(aligned), wanted)
+        wanted = _columns_like(aligned, files[0]) or wanted
     observer.note(f"task: {task.name} ({task_reason})")
     reading, reasons = task.choose_reading(files[0], sample, wanted)
     for reason in reasons:
@@ -106,23 +112,71 @@ def open_split(data: DataConfig, split: str) -> list[RowFile]:
         UsageError: there are no training files, or half a pair of aligned files.
         DataError: a file that cannot be read.
     """
-    paths: Sequence[str] | None = getattr(data, split)
+    paths: Sequence[str] = getattr(data, split) or ()
+    aligned, is_training = aligned_paths(data, split), split == "train"
+    if paths and aligned and not is_training:
+        raise UsageError(f"give --{split} or --{split}-source and --{split}-target, not both.")
+    if len(aligned) == 1:
+        raise _half_a_pair("" if is_training else f"{split}-")
+    files = [open_file(path, data) for path in expand(paths)]
+    if files and is_training:
+        _check_named(data, files[0])
+    if aligned:
+        files.append(open_aligned(*aligned, encoding=data.encoding))
+    if is_training and not files:
+        raise UsageError("there is no training file: hasten train FILE.")
+    return files
+
+
+def aligned_paths(data: DataConfig, split: str) -> tuple[str, ...]:
+    """Returns the line-aligned files of a split: two, none, or one where the other is missing.
+
+    Beside training files, ``source`` and ``target`` are such files where both exist, else columns.
+    """
     prefix = "" if split == "train" else f"{split}_"
-    source, target = getattr(data, f"{prefix}source"), getattr(data, f"{prefix}target")
-    if paths:
-        if prefix and (source or target):
-            raise UsageError(f"give --{split} or --{split}-source and --{split}-target, not both.")
-        return [open_file(path, data) for path in expand(paths)]
-    if source is None and target is None:
-        if split == "train":
-            raise UsageError("there is no training file: hasten train FILE.")
-        return []
-    if source is None or target is None:
-        dashed = prefix.replace("_", "-")
+    both = (getattr(data, f"{prefix}source"), getattr(data, f"{prefix}target"))
+    given = tuple(path for path in both if path is not None)
+    is_pair = len(given) == 2 and all(Path(path).is_file() for path in given)
+    return given if is_pair or split != "train" or not data.train else ()
+
+
+def _check_named(data: DataConfig, file: RowFile) -> None:
+    """Refuses a source and target that may be columns or files, or are one of each.
+
+    Raises:
+        UsageError: saying what to write.
+    """
+    names = {"source": data.source, "target": data.target}
+    columns = [name for name in names.values() if name in file.columns]
+    files = [name for name in names.values() if name is not None and Path(name).is_file()]
+    if columns and len(files) == 2:
         raise UsageError(
-            f"--{dashed}source and --{dashed}target go together: two files, line by line."
+            f"'{columns[0]}' is a column of {file.display_name} and a file: write the column's "
+            f"number, or ./{columns[0]} for the file."
         )
-    return [open_aligned(source, target, encoding=data.encoding)]
+    for side, name in names.items():
+        if not files or columns or name in files:
+            continue
+        if name is None:
+            raise _half_a_pair("")
+        raise UsageError(
+            f"--{side} {name}: there is no such file, to go with {files[0]}, nor such a column "
+            f"of {file.display_name}."
+        )
+
+
+def _half_a_pair(prefix: str) -> UsageError:
+    return UsageError(
+        f"--{prefix}source and --{prefix}target go together: two files, line by line."
+    )
+
+
+def _columns_like(aligned: RowFile, table: RowFile) -> WantedColumns | None:
+    """Returns the columns of a table that are called as line-aligned files end: train.en, 'en'."""
+    names = [path.name.removesuffix(".gz") for path in aligned.paths]
+    source, target = (name.rpartition(".")[2] for name in names)
+    has_both = source != target and {source, target} <= set(table.columns)
+    return WantedColumns(source=source, target=target) if has_both else None
 
 
 def expand(paths: Sequence[str]) -> list[str]:
@@ -164,7 +218,7 @@ def sample_rows(file: RowFile) -> list[Row]:
 
 def wanted_columns(data: DataConfig) -> WantedColumns:
     """Returns the columns that a person named; of line-aligned files there are none to name."""
-    is_aligned = not data.train
+    is_aligned = bool(aligned_paths(data, "train"))
     return WantedColumns(
         data.text_columns,
         data.label_column,
@@ -216,10 +270,9 @@ def _checked(files: list[RowFile], reading: Reading) -> list[RowFile]:
     Raises:
         DataError: naming the file and the column that it lacks.
     """
-    wanted = (*reading.columns, *(() if reading.label is None else (reading.label,)))
     for file in files:
         try:
-            resolve_columns(file.columns, wanted)
+            positions_in(file, reading)
         except UsageError as error:
             raise DataError(f"{file.display_name}: {error}") from None
     return files

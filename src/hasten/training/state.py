@@ -22,6 +22,8 @@ class TrainState:
         best_metric: best validation value so far, or None.
         best_loss: loss of that model.
         best_step: step it was measured at.
+        loss_scale: factor of the next step's loss in float16; 1 in other precisions.
+        loss_scale_steps: finite steps since it last changed.
         evaluations_since_best: evaluations without progress in the metric.
         stopped_early: whether early stopping ended the run.
         train_seconds: time spent training, over all processes that worked on the run.
@@ -37,6 +39,8 @@ class TrainState:
     best_metric: float | None = None
     best_loss: float | None = None
     best_step: int = 0
+    loss_scale: float = 1.0
+    loss_scale_steps: int = 0
     evaluations_since_best: int = 0
     stopped_early: bool = False
     train_seconds: float = 0.0

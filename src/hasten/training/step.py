@@ -1,14 +1,16 @@
 """One optimizer step: micro-batches, one divisor, one update.
 
-    global batch --cut--> micro-batches --forward, backward--> gradients of sum / weight
-        penalties once -> finite? -> clip -> learning rate -> optimizer -> averaged weights
+    global batch --deal--> own micro-batches --forward, backward--> gradients of sum / weight
+        summed over processes -> penalties once -> finite? -> clip -> learning rate
+        -> optimizer -> averaged weights
 
 The loss is a sum divided by a weight known before the first backward, never a mean of means, so
-how the batch is cut changes the result by rounding only.
+how the batch is cut, and among how many processes, changes the result by rounding only.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,16 @@ from torch import Tensor, nn
 from hasten.core.batch import PackedBatch
 from hasten.core.seeds import derive_seed
 from hasten.data.examples import Examples
-from hasten.data.order import cut_micro_batches
+from hasten.data.order import deal_micro_batches
 from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
-from hasten.optim.clipping import clip_gradients_, gradient_norm
+from hasten.optim.clipping import clip_gradients_, gradient_norm, scale_gradients_
 from hasten.optim.optimizers import set_learning_rate
 from hasten.optim.penalties import add_penalty_gradients_
 from hasten.optim.schedules import Schedule
+from hasten.parallel.data_parallel import DataParallel
 from hasten.task.contract import Meter, Task
+from hasten.training.precision import computing_in
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class StepSettings:
         learning_rate: peak, multiplied by the schedule's factor.
         micro_batch_tokens: token budget of one forward and backward.
         gradient_clip: largest global norm; 0 for none.
+        precision: float32, bf16 or fp16, of matrix products.
         l1: coefficient of the sum of absolute weights.
         l2: coefficient of the sum of squared weights.
     """
@@ -46,6 +51,7 @@ class StepSettings:
     learning_rate: float
     micro_batch_tokens: int
     gradient_clip: float = 0.0
+    precision: str = "float32"
     l1: float = 0.0
     l2: float = 0.0
 
@@ -55,6 +61,7 @@ class Parts:
     """What a run trains, and with what."""
 
     model: Transformer
+    parallel: DataParallel
     task: Task
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -88,7 +95,12 @@ class StepResult:
 
 
 def run_step(
-    parts: Parts, split: Examples, examples: np.ndarray, step: int, meter: Meter | None = None
+    parts: Parts,
+    split: Examples,
+    examples: np.ndarray,
+    step: int,
+    meter: Meter | None = None,
+    loss_scale: float = 1.0,
 ) -> StepResult:
     """Trains on one global batch.
 
@@ -98,24 +110,20 @@ def run_step(
         examples: (S,) numbers of the examples of the global batch.
         step: number of this step, from 0.
         meter: counts the outputs as they were seen in training, or None.
+        loss_scale: factor of the loss in the backward pass, taken out of the gradients again.
     """
     settings, parameters = parts.settings, list(parts.model.parameters())
-    weight = float(split.weights[examples].sum())
     parts.model.train()
-    loss = torch.zeros((), device=parts.device)
-    num_positions = num_attention_positions = 0
-    pieces = cut_micro_batches(examples, split.lengths, settings.micro_batch_tokens)
-    for number, piece in enumerate(pieces):
-        batch = split.pack(piece, weight)
-        loss = loss + _accumulate(parts, batch.to(parts.device), step, number, meter)
-        num_positions += batch.num_positions
-        num_attention_positions += batch.num_attention_positions
+    own = _run_micro_batches(parts, split, examples, step, meter, loss_scale)
+    sums = parts.parallel.ranks.sum(own)
+    if loss_scale != 1:
+        scale_gradients_(parameters, 1 / loss_scale)
     if settings.l1 or settings.l2:
         add_penalty_gradients_(parts.penalised, l1=settings.l1, l2=settings.l2)
     norm = gradient_norm(parameters)
     rate = settings.learning_rate * parts.schedule.factor(step)
-    loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()
-    is_finite = bool(np.isfinite(loss_value) and np.isfinite(norm_value))
+    loss, num_positions, num_attention_positions, norm_value = [*sums.tolist(), norm.item()]
+    is_finite = math.isfinite(loss) and math.isfinite(norm_value)
     if is_finite:
         if settings.gradient_clip:
             clip_gradients_(parameters, max_norm=settings.gradient_clip, norm=norm)
@@ -125,28 +133,82 @@ def run_step(
             parts.average.update()
     parts.optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        loss=loss_value,
+        loss=loss,
         gradient_norm=norm_value,
         learning_rate=rate,
         num_tokens=int(split.lengths[examples].sum()),
-        num_positions=num_positions,
-        num_attention_positions=num_attention_positions,
+        num_positions=round(num_positions),
+        num_attention_positions=round(num_attention_positions),
         is_finite=is_finite,
     )
 
 
-def _accumulate(
-    parts: Parts, batch: PackedBatch, step: int, number: int, meter: Meter | None
+def _run_micro_batches(
+    parts: Parts,
+    split: Examples,
+    examples: np.ndarray,
+    step: int,
+    meter: Meter | None,
+    loss_scale: float,
 ) -> Tensor:
-    """Adds one micro-batch's gradients; returns its share of the step's loss."""
-    torch.manual_seed(derive_seed("dropout", parts.settings.seed, step, number))
-    outputs = parts.model(batch)
-    share = parts.task.loss_sum(outputs, batch) / batch.weight
-    share.backward()
-    if meter is not None:
+    """Leaves the gradients of the whole batch in the parameters.
+
+    Returns:
+        (3,) float64, of this process's micro-batches: loss, positions, positions in attention.
+    """
+    settings, ranks = parts.settings, parts.parallel.ranks
+    weight = float(split.weights[examples].sum())
+    loss = torch.zeros((), device=parts.device)
+    num_positions = num_attention_positions = 0
+    rounds = deal_micro_batches(examples, split.lengths, settings.micro_batch_tokens, ranks.size)
+    for number, pieces in enumerate(rounds):
+        piece = pieces[ranks.rank]
+        # A process without examples runs one that counts for nothing: all have to take part.
+        batch = split.pack(piece if len(piece) else examples[:1], weight).to(parts.device)
+        draw = number * ranks.size + ranks.rank
+        torch.manual_seed(derive_seed("dropout", settings.seed, step, draw))
+        with parts.parallel.accumulating(is_last=number == len(rounds) - 1):
+            counts = len(piece) > 0
+            loss = loss + _accumulate(parts, batch, meter, counts, loss_scale)
+        num_positions += batch.num_positions
+        num_attention_positions += batch.num_attention_positions
+    return torch.stack(
+        [
+            loss.double(),
+            loss.new_tensor(num_positions, dtype=torch.float64),
+            loss.new_tensor(num_attention_positions, dtype=torch.float64),
+        ]
+    )
+
+
+def _accumulate(
+    parts: Parts, batch: PackedBatch, meter: Meter | None, counts: bool, loss_scale: float
+) -> Tensor:
+    """Adds one micro-batch's gradients; returns its share of the step's loss.
+
+    Args:
+        parts: of the run.
+        batch: the micro-batch.
+        meter: as in ``run_step``.
+        counts: False where the micro-batch only keeps step with other processes.
+        loss_scale: as in ``run_step``.
+    """
+    with computing_in(parts.settings.precision, parts.device):
+        outputs = _widened(parts.parallel(batch))
+        share = parts.task.loss_sum(outputs, batch) / batch.weight
+    if not counts:
+        share = share * 0
+    (share if loss_scale == 1 else share * loss_scale).backward()
+    if meter is not None and counts:
         with torch.no_grad():
             meter.update(_detached(outputs), batch)
     return share.detach()
+
+
+def _widened(outputs: Any) -> Any:
+    """Returns scores in float32 or wider; what makes scores of tokens is widened in its loss."""
+    is_narrow = isinstance(outputs, Tensor) and outputs.element_size() < 4
+    return outputs.float() if is_narrow else outputs
 
 
 def _detached(outputs: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Several processes for one run, on PyTorch Distributed."""

@@ -1,0 +1,116 @@
+"""Starts the processes of a run on this machine, watches them, and says which one failed.
+
+    launch(command, 4) -> torch.distributed.elastic agent -> 4 processes with RANK, WORLD_SIZE ...
+                                                          -> all end -> exit code of the run
+
+The agent ends the others as soon as one has failed, at first politely, then by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hasten.core.errors import LostProcessError, MachineError
+from hasten.parallel.heartbeat import FOLDER_VARIABLE, watching
+
+_SHUTDOWN_SECONDS = 15
+_TOLD_ALREADY = frozenset({2, 3, 4, 5, 6, 8, 130, 143})
+"""Exit codes with which a process has said itself what was wrong."""
+
+
+def launch(
+    command: Sequence[str],
+    num_processes: int,
+    *,
+    num_threads: int,
+    max_restarts: int = 0,
+    timeout_seconds: float = 20.0,
+    shows_output: bool = True,
+) -> int:
+    """Runs a command in several processes that find each other; returns their exit code.
+
+    Args:
+        command: of each process.
+        num_processes: on this machine.
+        num_threads: of each process, unless OMP_NUM_THREADS says otherwise.
+        max_restarts: times that all are started again after one was lost.
+        timeout_seconds: a process without a sign of life for so long is killed.
+        shows_output: whether their standard output is this process's.
+
+    Raises:
+        LostProcessError: a process was killed or ended without a word.
+        MachineError: they cannot be started.
+    """
+    # Loaded here: it takes a second, and only the launching process needs it.
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+    # Its messages are about itself; ours name the process and the cause.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as signs,
+        watching(Path(signs), timeout_seconds) as hung,
+    ):
+        os.environ[FOLDER_VARIABLE] = signs
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=max_restarts,
+            logs_specs=DefaultLogsSpecs(
+                log_dir=folder, redirects=Std.NONE if shows_output else Std.OUT
+            ),
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            return _exit_code(error.failures, hung)
+        except SignalException as stop:
+            return 128 + int(stop.sigval)
+        except (RuntimeError, OSError) as error:
+            raise MachineError(
+                f"{num_processes} processes cannot be started: {str(error).splitlines()[0]}"
+            ) from error
+    return 0
+
+
+def _exit_code(failures: Mapping[int, Any], hung: Mapping[int, float]) -> int:
+    """Returns the exit code of the process that failed first, which has told why.
+
+    Args:
+        failures: of the last start of the processes, by rank.
+        hung: ranks that were killed because they gave no sign of life, and for how long.
+
+    Raises:
+        LostProcessError: none has told anything.
+    """
+    for failure in failures.values():
+        if failure.exitcode in _TOLD_ALREADY:
+            return failure.exitcode
+    # Those that lost their neighbour fail as well; who was killed came before them.
+    rank, failure = min(
+        failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
+    )
+    if rank in hung:
+        how = f"gave no sign of life for {hung[rank]:.0f} s and was killed"
+    elif failure.exitcode < 0:
+        how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+    else:
+        how = f"ended with exit code {failure.exitcode}"
+    raise LostProcessError(
+        f"rank {rank} (process {failure.pid} on this machine) {how}; the others were stopped."
+    )

@@ -1,0 +1,80 @@
+"""Measures what the machine in hand computes fastest, in a fraction of a second.
+
+    device, width --matrix products in each type--> FLOP/s --choose_precision--> float32 or bf16
+
+A technique is not assumed to help: a CPU without 16-bit units multiplies bfloat16 matrices about a
+hundred times more slowly than float32 ones.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_WORTH_IT = 1.2
+"""How much faster 16 bits must be: casting to and fro costs some of it."""
+_FLOP = 1e8
+_SECONDS = 0.05
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, hidden_size: int) -> float:
+    """Returns the FLOP/s of the products of a feed-forward of this width.
+
+    Args:
+        dtype: of both matrices.
+        device: where to multiply.
+        hidden_size: D of the (N, D) by (D, 4 D) products; N is chosen so that one is short.
+    """
+    inner = 4 * hidden_size
+    rows = max(16, min(8192, int(_FLOP / (2 * hidden_size * inner))))
+    x = torch.ones(rows, hidden_size, dtype=dtype, device=device)
+    weight = torch.ones(hidden_size, inner, dtype=dtype, device=device)
+    torch.mm(x, weight)  # the first one chooses a kernel
+    count, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < _SECONDS or not count:
+        torch.mm(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        count += 1
+    return 2 * rows * hidden_size * inner * count / seconds
+
+
+def choose_precision(
+    wanted: str, device: torch.device, hidden_size: int
+) -> tuple[str, str, str | None]:
+    """Returns the precision to train in, the reason, and a warning where it is a slow one.
+
+    Args:
+        wanted: auto, or a key of ``PRECISIONS``.
+        device: where to train.
+        hidden_size: of the model.
+    """
+    if wanted == "float32":
+        return wanted, "as asked for", None
+    name = "bf16" if wanted == "auto" else wanted
+    rates: dict[Any, float] = {
+        precision: matrix_rate(PRECISIONS[precision], device, hidden_size)
+        for precision in ("float32", name)
+    }
+    factor = rates[name] / rates["float32"]
+    measured = f"{name} multiplies {_times(factor)} as fast here"
+    if wanted == "auto":
+        return ("bf16" if factor >= _WORTH_IT else "float32"), measured, None
+    slow = None
+    if factor < 1:
+        slow = (
+            f"--precision {wanted}: its matrix products take {1 / factor:,.1f} times as long as "
+            "float32's on this machine (measured just now)"
+        )
+    return wanted, "as asked for", slow
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f} times" if factor >= 0.1 else f"{factor:.3f} times"
