@@ -1,0 +1,205 @@
+"""What is decided before processes start, and how those that hang are found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hasten.core.errors import LostProcessError, UsageError
+from hasten.core.ranks import ALONE
+from hasten.core.shards import copy_whole_, is_sharded, local_part, placed_like, whole
+from hasten.data.order import cut_micro_batches, deal_micro_batches
+from hasten.parallel.heartbeat import FOLDER_VARIABLE, beating, watching
+from hasten.parallel.launch import _exit_code
+from hasten.parallel.layout import Layout, choose_layout
+from hasten.parallel.world import Place, find_place, first_node, joined
+
+DEGREES = st.integers(1, 8)
+
+
+@given(replicate=DEGREES, shard=DEGREES)
+def test_a_layout_is_read_as_it_is_written(replicate: int, shard: int):
+    layout = Layout(replicate, shard)
+    assert choose_layout(str(layout), replicate * shard) == layout
+    assert choose_layout(str(layout), None) == layout
+    assert layout.size == replicate * shard
+    assert choose_layout("auto", replicate) == Layout(replicate, 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processes", "message"),
+    [
+        ("shards=2", 2, "no axis 'shards'; there are replicate, shard. Did you mean 'shard'?"),
+        ("shard", 2, "one whole number for each axis"),
+        ("shard=0", 2, "one whole number for each axis"),
+        ("shard=2,shard=2", 4, "one whole number for each axis"),
+        ("shard=1.5", 2, "one whole number for each axis"),
+        ("shard=2", 4, "2 processes, and there are 4; --parallel replicate=2,shard=2 would fit"),
+        ("replicate=4", 2, "4 processes, and there are 2; --parallel replicate=2 would fit"),
+        ("shard=3", 4, "3 processes, and there are 4."),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(wanted: str, processes: int, message: str):
+    with pytest.raises(UsageError, match=r".") as refused:
+        choose_layout(wanted, processes)
+    assert message in str(refused.value)
+
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "1234",
+}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[03-07,9],login",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def test_a_process_finds_its_place_in_the_environment():
+    assert find_place(TORCHRUN) == Place(5, 8, 1, 4, "node7", 1234)
+    assert find_place(SRUN) == Place(5, 8, 1, 4, "gpu03", 23456)
+    assert find_place({**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "7"}) == Place(5, 8, 1, 4, "a", 7)
+    assert find_place({}) is None
+    # A program that a batch script starts by itself is alone, however many tasks the job has.
+    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"RANK": "x"}, {"RANK": "8"}, {"WORLD_SIZE": ""}, {"MASTER_PORT": "http"}]
+)
+def test_an_environment_that_contradicts_itself_is_refused(change: dict[str, str]):
+    with pytest.raises(UsageError):
+        find_place({**TORCHRUN, **change})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-07,9],x", "gpu03"), ("a,b", "a"), ("node-1", "node-1"), ("", "127.0.0.1")],
+)
+def test_the_first_node_of_a_list(nodes: str, first: str):
+    assert first_node(nodes) == first
+
+
+def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch):
+    for name in (*TORCHRUN, *SRUN):
+        monkeypatch.delenv(name, raising=False)
+    with joined("auto", None, "cpu") as ranks:
+        assert ranks is ALONE and ranks.is_main and ranks.gather("x") == ["x"]
+        assert ranks.on_main(lambda: 3) == 3 and ranks.any([True, False]) == [True, False]
+        assert ranks.share([1, 2, 3]) == [1, 2, 3]
+    with pytest.raises(UsageError), joined("shard=2", None, "cpu"):
+        pass
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=50),
+    budget=st.integers(1, 200),
+    num_ranks=st.integers(1, 6),
+)
+def test_micro_batches_are_dealt_evenly_and_completely(
+    lengths: list[int], budget: int, num_ranks: int
+):
+    sizes, batch = np.array(lengths), np.arange(len(lengths))
+    rounds = deal_micro_batches(batch, sizes, budget, num_ranks)
+    assert all(len(pieces) == num_ranks for pieces in rounds)
+    dealt = np.concatenate([piece for pieces in rounds for piece in pieces])
+    assert sorted(dealt.tolist()) == batch.tolist()
+    for pieces in rounds:
+        assert any(len(piece) for piece in pieces)
+        assert all(len(piece) <= 1 or sizes[piece].sum() <= budget for piece in pieces)
+    shares = [sum(int(sizes[pieces[r]].sum()) for pieces in rounds) for r in range(num_ranks)]
+    assert max(shares) - min(shares) <= max(lengths)
+    if num_ranks == 1:
+        alone = cut_micro_batches(batch, sizes, budget)
+        assert [pieces[0].tolist() for pieces in rounds] == [piece.tolist() for piece in alone]
+
+
+def test_a_plain_tensor_is_its_own_part_and_whole():
+    tensor, other = torch.arange(3.0), torch.zeros(3)
+    assert local_part(tensor) is tensor and whole(tensor) is tensor and not is_sharded(tensor)
+    assert placed_like(tensor, other) is tensor
+    copy_whole_(other, tensor)
+    assert torch.equal(other, tensor)
+
+
+# Hanging and failing
+
+
+def test_a_process_that_was_stopped_is_killed_and_one_that_waits_is_not(tmp_path: Path):
+    code = (
+        "import os, sys, time\n"
+        "from hasten.parallel.heartbeat import beating\n"
+        "with beating(int(sys.argv[1])):\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, FOLDER_VARIABLE: str(tmp_path)}
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        with watching(tmp_path, 3.0) as killed:
+            children[1].send_signal(signal.SIGSTOP)
+            assert children[1].wait(30) == -signal.SIGKILL
+            assert children[0].poll() is None
+        assert list(killed) == [1] and killed[1] > 3.0
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def test_signs_of_life_end_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with beating(4):
+        assert (tmp_path / "4").read_text() == str(os.getpid())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    with beating(4):
+        assert not list(tmp_path.iterdir())
+
+
+def failure(exitcode: int, timestamp: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(exitcode=exitcode, pid=99, timestamp=timestamp)
+
+
+@pytest.mark.parametrize(
+    ("failures", "found"),
+    [
+        ({0: failure(7, 1), 1: failure(-9, 2)}, "rank 1 (process 99 on this machine) was killed"),
+        ({0: failure(1, 2), 2: failure(1, 1)}, "rank 2 (process 99 on this machine) ended with"),
+        ({3: failure(-9)}, "gave no sign of life for 21 s"),
+        ({0: failure(3), 1: failure(-15)}, 3),
+        ({0: failure(143)}, 143),
+    ],
+)
+def test_who_failed_first_is_named_unless_it_said_so_itself(
+    failures: dict[int, SimpleNamespace], found: str | int
+):
+    if isinstance(found, int):
+        assert _exit_code(failures, {}) == found
+        return
+    with pytest.raises(LostProcessError) as lost:
+        _exit_code(failures, {3: 21.0})
+    assert found in str(lost.value) and lost.value.exit_code == 7

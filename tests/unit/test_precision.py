@@ -1,0 +1,186 @@
+"""Mixed precision: the loss stays, overflow costs one step and no weight, auto is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import STILL, TINY, Recorder, write_labelled, write_rows
+from hasten.config.load import build_config
+from hasten.model.token_loss import linear_cross_entropy_sum
+from hasten.plan import probe
+from hasten.training import loop as loop_module
+from hasten.training.build import build_loop, plan_run
+from hasten.training.loop import Loop
+from hasten.training.observe import MetricsLog
+from hasten.training.precision import first_loss_scale, next_loss_scale
+from hasten.training.step import run_step
+
+TASKS = ("text-classification", "text-generation", "translation")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    pairs = [(f"the {i} red birds fly", f"die {i} roten vögel fliegen") for i in range(60)]
+    return {
+        "text-classification": write_labelled(folder / "labelled.csv", 120),
+        "text-generation": write_rows(folder / "texts.csv", [pair[:1] for pair in pairs], ["text"]),
+        "translation": write_rows(folder / "pairs.csv", pairs, ["source", "target"]),
+    }
+
+
+def make(file: Path, folder: Path, **settings: Any) -> tuple[Loop, Recorder]:
+    overrides = {
+        "data.train": str(file),
+        "train.tokens_per_step": 300,
+        "train.epochs": 2,
+        "train.learning_rate": 1e-3,
+        **STILL,
+        **{key: value for key, value in TINY.items() if key != "model.pooling"},
+        **settings,
+    }
+    recorder = Recorder()
+    plan = plan_run(build_config(overrides=overrides), recorder)
+    return build_loop(plan, folder, recorder), recorder
+
+
+def train(file: Path, folder: Path, **settings: Any) -> tuple[Loop, list[dict[str, Any]]]:
+    folder.mkdir()
+    loop, _ = make(file, folder, **settings)
+    log = MetricsLog(folder / "metrics.jsonl")
+    loop.run(log)
+    log.close()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return loop, [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_final_loss_is_that_of_float32(task: str, files: dict[str, Path], tmp_path: Path):
+    losses, weights = {}, {}
+    for precision in probe.PRECISIONS:
+        settings = {"task": task, "train.precision": precision, "eval.decode_examples": 0}
+        settings |= {"eval.metric": "loss"}
+        loop, entries = train(files[task], tmp_path / precision, **settings)
+        evaluations = [entry for entry in entries if entry.get("split") == "validation"]
+        losses[precision] = evaluations[-1]["loss"]
+        weights[precision] = torch.cat([p.flatten() for p in loop.parts.model.parameters()])
+        assert weights[precision].dtype == torch.float32
+        states = loop.parts.optimizer.state.values()
+        assert all(t.dtype == torch.float32 for state in states for t in state.values())
+        assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    for precision in ("bf16", "fp16"):
+        assert losses[precision] == pytest.approx(losses["float32"], rel=0.01)
+        # It did compute in 16 bits, and those have other mantissas.
+        assert not torch.equal(weights[precision], weights["float32"])
+    assert not torch.equal(weights["bf16"], weights["fp16"])
+
+
+@given(
+    scale=st.floats(1, 2**30),
+    good=st.integers(0, 1999),
+    finite=st.lists(st.booleans(), min_size=1, max_size=40),
+)
+def test_the_loss_scale_halves_on_overflow_and_doubles_after_long_peace(
+    scale: float, good: int, finite: list[bool]
+):
+    for is_finite in finite:
+        before, steps = scale, good
+        scale, good = next_loss_scale(before, steps, is_finite)
+        assert scale >= 1
+        if not is_finite:
+            assert good == 0 and scale == max(1.0, before / 2)
+        elif steps == 1999:
+            assert good == 0 and scale == 2 * before
+        else:
+            assert good == steps + 1 and scale == before
+
+
+def test_the_loss_scale_does_not_change_the_step(files: dict[str, Path], tmp_path: Path):
+    found = []
+    for scale in (1.0, 2.0**10):
+        loop, _ = make(files["text-classification"], tmp_path, **{"train.precision": "float32"})
+        for step in range(3):
+            result = run_step(loop.parts, loop.train, np.arange(20), step, loss_scale=scale)
+        found.append((result, torch.cat([p.flatten() for p in loop.parts.model.parameters()])))
+    # A power of two is taken out of a gradient as it was put in.
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_overflow_skips_steps_lowers_the_scale_and_is_logged(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop_module, "first_loss_scale", lambda precision: 2.0**40)
+    settings = {"train.precision": "fp16", "train.log_every": 1, "train.epochs": 8}
+    loop, entries = train(files["text-classification"], tmp_path / "run", **settings)
+    skipped = [entry for entry in entries if entry.get("skipped")]
+    assert len(skipped) == loop.state.num_skipped > 5  # more than max_skipped_steps allows of NaN
+    assert [entry["loss_scale"] for entry in skipped[:3]] == [2.0**40, 2.0**39, 2.0**38]
+    trained = [entry for entry in entries if entry.get("split") == "train"]
+    assert trained[-1]["loss_scale"] == loop.state.loss_scale < 2.0**40
+    resumed, _ = make(files["text-classification"], tmp_path / "run", **settings)
+    resumed.resume()
+    assert resumed.state.loss_scale == loop.state.loss_scale
+    assert resumed.state.loss_scale_steps == loop.state.loss_scale_steps > 0
+
+
+def test_only_float16_scales_its_loss():
+    assert [first_loss_scale(name) > 1 for name in probe.PRECISIONS] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "factor", "precision", "warns"),
+    [
+        ("auto", 0.01, "float32", False),
+        ("auto", 1.1, "float32", False),
+        ("auto", 3.0, "bf16", False),
+        ("bf16", 0.01, "bf16", True),
+        ("fp16", 0.5, "fp16", True),
+        ("bf16", 3.0, "bf16", False),
+        ("float32", 3.0, "float32", False),
+    ],
+)
+def test_what_is_measured_decides_and_what_is_asked_for_stays(
+    wanted: str, factor: float, precision: str, warns: bool, monkeypatch: pytest.MonkeyPatch
+):
+    rates = {torch.float32: 1e11, torch.bfloat16: 1e11 * factor, torch.float16: 1e11 * factor}
+    monkeypatch.setattr(probe, "matrix_rate", lambda dtype, device, size: rates[dtype])
+    chosen, reason, warning = probe.choose_precision(wanted, torch.device("cpu"), 64)
+    assert chosen == precision and (warning is not None) == warns
+    if wanted == "auto":
+        assert f"{factor:g}" in reason
+    if warning is not None:
+        assert f"{1 / factor:.1f} times as long" in warning and wanted in warning
+
+
+def test_a_slow_precision_is_said_before_the_first_step(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rates = {torch.float32: 1e11, torch.bfloat16: 1e9}
+    monkeypatch.setattr(probe, "matrix_rate", lambda dtype, device, size: rates[dtype])
+    _, recorder = make(files["translation"], tmp_path, **{"train.precision": "bf16"})
+    assert any("100.0 times as long as float32's" in text for text in recorder.warnings)
+
+
+def test_a_rate_is_that_of_the_products():
+    rates = [probe.matrix_rate(torch.float32, torch.device("cpu"), size) for size in (32, 256)]
+    assert all(1e8 < rate < 1e15 for rate in rates)
+
+
+def test_scores_of_tokens_narrow_and_losses_do_not():
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 16, requires_grad=True)
+    weight = torch.randn(60_000, 16, requires_grad=True)
+    targets = torch.randint(60_000, (40,))
+    exact = linear_cross_entropy_sum(hidden, weight, targets)
+    narrow = linear_cross_entropy_sum(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert narrow.dtype == torch.float32
+    assert narrow.item() == pytest.approx(exact.item(), rel=0.01)
