@@ -16,7 +16,6 @@ is printed as well. Smaller settings than the article's are for trying the scrip
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -37,12 +36,12 @@ from machine import (
     keep,
     missing,
     read_pairs,
+    run_watched,
     say,
     skip,
 )
 
 PROGRAM = REPOSITORY / "examples" / "article.py"
-POLL_SECONDS = 0.02
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,44 +149,24 @@ def run_hasten(arguments: argparse.Namespace, folder: Path, seed: int) -> dict[s
     command = [sys.executable, "-m", "hasten", "train", str(folder / "train.csv")]
     command += ["--validation", str(folder / "test.csv"), "--preset", "article"]
     command += ["--epochs", str(arguments.epochs), "--seed", str(seed), "--device", "cpu"]
-    command += ["--output", str(own / "run"), "--json"]
     command += ["--eval.baseline", "false", "--eval.per_epoch", str(arguments.evaluations)]
     for name in ("num_layers", "hidden_size", "num_heads"):
         command += [f"--model.{name}", str(getattr(arguments, name))]
     environment = child_environment(own, arguments.threads)
-    evaluations: list[dict[str, float]] = []
-    with (own / "out").open("w+") as out, (own / "err").open("w+") as err:
-        start = time.perf_counter()
-        child = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
-        ended = False
-        while not ended:
-            time.sleep(POLL_SECONDS)
-            ended = child.poll() is not None
-            seconds = time.perf_counter() - start
-            for entry in new_evaluations(own / "run" / "metrics.jsonl", len(evaluations)):
-                evaluations.append({"seconds": seconds, "accuracy": entry["accuracy"]})
-        out.seek(0)
-        err.seek(0)
-        if child.returncode:
-            sys.exit(f"hasten train exited with {child.returncode}:\n{err.read()[-3000:]}")
-        training = json.load(out)["training"]
+    done = run_watched(command, environment, own, lambda entry: None)
+    evaluations = [
+        {"seconds": entry["command_seconds"], "accuracy": entry["accuracy"]}
+        for entry in done.evaluations
+    ]
+    training = done.result["training"]
     return {
-        "seconds": seconds,
+        "seconds": done.seconds,
         "train_seconds": training["seconds"],
         "accuracy": evaluations[-1]["accuracy"],
         "steps": training["steps"],
         "num_parameters": training["num_parameters"],
         "evaluations": evaluations,
     }
-
-
-def new_evaluations(path: Path, num_known: int) -> list[dict[str, Any]]:
-    """Returns the evaluations in the file after the first ``num_known``."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows is not whole yet
-    entries = [json.loads(line) for line in lines]
-    return [entry for entry in entries if entry.get("split") == "validation"][num_known:]
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from hasten.core.errors import UsageError, nearest
+from hasten.data.scripts import UNSPACED
 
 # What a person gets who names a kind without a rate.
 DEFAULT_RATES: dict[str, float] = {
@@ -34,11 +35,6 @@ DEFAULT_RATES: dict[str, float] = {
 }
 KINDS = tuple(DEFAULT_RATES)
 
-# Scripts without spaces between words: Chinese, Japanese, Thai, Lao, Burmese and Khmer.
-_UNSPACED = (
-    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff66-\uff9f\U00020000-\U0003ffff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-)
 # What belongs to the character before it: voicing marks, joiners, variation selectors, and the
 # vowel signs and tone marks of the scripts above.
 _MARKS = "\u3099\u309a\uff9e\uff9f\u200b-\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef" + "".join(
@@ -46,8 +42,8 @@ _MARKS = "\u3099\u309a\uff9e\uff9f\u200b-\u200d\ufe00-\ufe0f\U000e0100-\U000e01e
     for code in (*range(0x0E00, 0x0F00), *range(0x1000, 0x10A0), *range(0x1780, 0x1800))
     if unicodedata.category(chr(code)).startswith("M")
 )
-_WORD = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|[^\s{_UNSPACED}]+")
-_UNSPACED_WORD = re.compile(rf"[{_UNSPACED}]")
+_WORD = re.compile(rf"[{UNSPACED}][{_MARKS}]*|[^\s{UNSPACED}]+")
+_UNSPACED_WORD = re.compile(rf"[{UNSPACED}]")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hasten.task.text_metrics import UNSPACED, count_scripts
+from hasten.data.scripts import UNSPACED
+from hasten.task.text_metrics import count_scripts
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _NO_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -13,21 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-_HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-UNSPACED = (
-    f"{_HAN}\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-)
-"""Ranges, for a regular expression's brackets, of the scripts without spaces between words.
+from hasten.data.scripts import HAN, HANGUL, UNSPACED
 
-Chinese, Japanese (kana), Thai, Lao, Burmese and Khmer.
-"""
-_HANGUL = "\u1100-\u11ff\u3131-\u318e\uac00-\ud7af"
 _PATTERNS = {
-    "han": re.compile(f"[{_HAN}]"),
+    "han": re.compile(f"[{HAN}]"),
     "unspaced": re.compile(f"[{UNSPACED}]"),
-    "hangul": re.compile(f"[{_HANGUL}]"),
-    "other": re.compile(rf"[^\W\d_{UNSPACED}{_HANGUL}]"),
+    "hangul": re.compile(f"[{HANGUL}]"),
+    "other": re.compile(rf"[^\W\d_{UNSPACED}{HANGUL}]"),
 }
 # Han characters are nearly all of a Chinese text and about half of a Japanese one.
 _CHINESE_SHARE = 0.9
