@@ -49,7 +49,7 @@ GIVEN: dict[str, Any] = {
 
 
 def chosen(config: RunConfig, facts: DataFacts) -> tuple[RunConfig, dict[str, Any]]:
-    """What a run chooses, in its order; the tokenizer's size and the device come from elsewhere."""
+    """What a run chooses, in its order; the tokenizer's size and the machine come from elsewhere."""
     before = config
     task = next(t for t in TASKS.values() if t.architecture == facts.architecture)
     config, first = choose_for_task(config, task.name, task.architecture, task.default_metric)
@@ -70,7 +70,14 @@ def test_what_is_given_stays_and_nothing_else_is_left_open(facts: DataFacts, key
     if "optim.optimizer" in keys:
         given_values.pop("optim.betas", None)  # which sgd has not
     start = replace_values(
-        RunConfig(), {"task": "x", "train.device": "cpu", "tokenizer.vocab_size": 1, **given_values}
+        RunConfig(),
+        {
+            "task": "x",
+            "train.device": "cpu",
+            "train.precision": "bf16",
+            "tokenizer.vocab_size": 1,
+            **given_values,
+        },
     )
     config, values = chosen(start, facts)
     assert '"auto"' not in json.dumps(config.model_dump())

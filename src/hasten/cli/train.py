@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hasten.cli.console import build_observer, count
+from hasten.cli.console import build_observer, count, say
 from hasten.cli.settings import config_from_flags, show_all_keys, tokenizer_flags
 from hasten.core.errors import UsageError
 
@@ -137,7 +137,13 @@ def _train(wanted: _Wanted) -> None:
         _finish(wanted)
         return
     flags = ["--json"] * wanted.as_json + ["--quiet"] * wanted.quiet
-    code = launch_training(settings, wanted.folder, resumes=wanted.settings is None, flags=flags)
+    code = launch_training(
+        settings,
+        wanted.folder,
+        resumes=wanted.settings is None,
+        flags=flags,
+        say=lambda text: say(f"warning: {text}"),
+    )
     if code:
         raise typer.Exit(code)
 

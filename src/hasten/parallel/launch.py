@@ -13,7 +13,8 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ def launch(
     num_processes: int,
     *,
     num_threads: int,
-    max_restarts: int = 0,
     timeout_seconds: float = 20.0,
     shows_output: bool = True,
 ) -> int:
@@ -40,7 +40,6 @@ def launch(
         command: of each process.
         num_processes: on this machine.
         num_threads: of each process, unless OMP_NUM_THREADS says otherwise.
-        max_restarts: times that all are started again after one was lost.
         timeout_seconds: a process without a sign of life for so long is killed.
         shows_output: whether their standard output is this process's.
 
@@ -53,15 +52,14 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     # Its messages are about itself; ours name the process and the cause.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as signs,
         watching(Path(signs), timeout_seconds) as hung,
+        _environment({"OMP_NUM_THREADS": str(num_threads), FOLDER_VARIABLE: signs}),
     ):
-        os.environ[FOLDER_VARIABLE] = signs
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -69,7 +67,7 @@ def launch(
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            max_restarts=max_restarts,
+            max_restarts=0,  # ours begin with a resumed run
             logs_specs=DefaultLogsSpecs(
                 log_dir=folder, redirects=Std.NONE if shows_output else Std.OUT
             ),
@@ -86,6 +84,18 @@ def launch(
                 f"{num_processes} processes cannot be started: {str(error).splitlines()[0]}"
             ) from error
     return 0
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables that are not set, for processes started in a ``with`` block."""
+    own = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
 
 
 def _exit_code(failures: Mapping[int, Any], hung: Mapping[int, float]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from hasten.parallel.layout import Layout, choose_layout
 
 T = TypeVar("T")
 
-# One process prepares the data while the others wait for it, however long that takes; a process
-# that dies ends the others through its closed connections, not through this limit.
-_TIMEOUT = timedelta(days=7)
+# How far processes may fall behind each other. What one does for all may take longer: see on_main.
+_TIMEOUT = timedelta(minutes=10)
+_POLL_SECONDS = 0.02
 _SLURM_PORT = 20_000  # ports from here on, by the number of the job
 
 
@@ -70,6 +71,8 @@ class World(Ranks):
             device_type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
         )
         self._device = torch.device(device_type)
+        self._store = torch.distributed.distributed_c10d._get_default_store()
+        self._num_waits = 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of every process's tensor, on all of them."""
@@ -92,7 +95,12 @@ class World(Ranks):
     def on_main(self, work: Callable[[], T]) -> T:
         """Returns on all processes what ``work`` returns on rank 0; see ``Ranks.on_main``."""
         told: list[Any] = [None, 1]
+        self._num_waits += 1
+        key = f"hasten/on_main/{self._num_waits}"
         if not self.is_main:
+            # However long it takes to prepare data: a collective has a limit.
+            while not self._store.check([key]):
+                time.sleep(_POLL_SECONDS)
             torch.distributed.broadcast_object_list(told)
             if told[1]:
                 raise SystemExit(told[1])
@@ -103,6 +111,7 @@ class World(Ranks):
             told = [None, error.exit_code if isinstance(error, HastenError) else 1]
             raise
         finally:
+            self._store.set(key, "1")
             torch.distributed.broadcast_object_list(told)
         return told[0]
 

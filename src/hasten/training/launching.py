@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hasten.config.load import config_to_yaml
@@ -41,6 +41,7 @@ def launch_training(
     resumes: bool = False,
     flags: Sequence[str] = (),
     shows_output: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Trains in several processes; returns their exit code, of which they have told the reason.
 
@@ -50,6 +51,7 @@ def launch_training(
         resumes: whether it is resumed.
         flags: other flags of ``hasten train``.
         shows_output: whether the result is printed.
+        say: told when all processes are started again because one was lost.
 
     Raises:
         UsageError: the folder exists already, or data come by standard input.
@@ -59,27 +61,31 @@ def launch_training(
     if "-" in (config.data.train or ()):
         raise UsageError("- (standard input) can be read by one process only: name a file.")
     folder = Path(str(output)) if resumes else choose_folder(output, config.data)
-    command = [sys.executable, "-m", "hasten", "train", *flags]
     with tempfile.TemporaryDirectory() as name:
-        if resumes:
-            command += ["--resume", str(folder)]
-            command += ["--processes", str(count), "--parallel", config.parallel.layout]
-        else:
-            file = Path(name) / "config.yaml"
-            file.write_text(config_to_yaml(config), encoding="utf-8")
-            command += ["--config", str(file), "--output", str(folder)]
-        try:
-            return launch(
-                command,
-                count,
-                num_threads=max(1, available_cores() // count),
-                max_restarts=config.parallel.max_restarts,
-                timeout_seconds=config.parallel.timeout_seconds,
-                shows_output=shows_output,
-            )
-        except LostProcessError as error:
-            if not (folder / "config.yaml").is_file():
-                raise
-            raise LostProcessError(
-                f"{error} Go on with: hasten train --resume {shlex.quote(str(folder))}"
-            ) from None
+        file = Path(name) / "config.yaml"
+        file.write_text(config_to_yaml(config), encoding="utf-8")
+        for restarts_left in range(config.parallel.max_restarts, -1, -1):
+            begun = resumes or (folder / "config.yaml").is_file()
+            what = ["--resume", str(folder)] if begun else ["--config", str(file)]
+            if begun:
+                what += ["--processes", str(count), "--parallel", config.parallel.layout]
+            else:
+                what += ["--output", str(folder)]
+            try:
+                return launch(
+                    [sys.executable, "-m", "hasten", "train", *what, *flags],
+                    count,
+                    num_threads=max(1, available_cores() // count),
+                    timeout_seconds=config.parallel.timeout_seconds,
+                    shows_output=shows_output,
+                )
+            except LostProcessError as error:
+                if restarts_left:
+                    say(f"{error} All are started again.")
+                    continue
+                if not (folder / "config.yaml").is_file():
+                    raise
+                raise LostProcessError(
+                    f"{error} Go on with: hasten train --resume {shlex.quote(str(folder))}"
+                ) from None
+    raise AssertionError("the last start ends or raises")

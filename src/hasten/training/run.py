@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from hasten.config.load import build_config
-from hasten.config.schema import DataConfig
-from hasten.core.errors import DamagedError, UsageError, nearest
+from hasten.config.schema import DataConfig, RunConfig
+from hasten.core.errors import DamagedError, HastenError, UsageError, nearest
 from hasten.data.aligned import open_aligned
 from hasten.data.corpus import check_rejected, open_corpus
 from hasten.data.rows import RowFile, TextRows, open_rows
@@ -31,10 +31,12 @@ from hasten.model.search import DecodingSettings
 from hasten.task.contract import Machine, PredictSettings, Task
 from hasten.training.checkpoint import committed_checkpoints
 from hasten.training.evaluate import evaluate
+from hasten.training.folder import choose_folder
+from hasten.training.launching import launch_training, num_processes
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer, Silent
 from hasten.training.saved import SavedModel, load_model
-from hasten.training.session import resume_run, standard_input_as_file, start_run
+from hasten.training.session import resume_run, resumed_config, standard_input_as_file, start_run
 
 _BATCH_TOKENS = 8192
 _CHUNK_TEXTS = 2000
@@ -284,7 +286,11 @@ def train(
     if resume is not None:
         if data is not None or settings or preset or output is not None or validation or test:
             raise UsageError("resume goes on with the run as it was: give it alone.")
-        resume_run(Path(resume), observer)
+        config = resumed_config(Path(resume))
+        if num_processes(config.parallel) > 1:
+            _launch(config, resume, resumes=True)
+        else:
+            resume_run(Path(resume), observer)
         return Run(resume)
     files = {"data.train": data, "data.validation": validation, "data.test": test}
     overrides = {
@@ -293,7 +299,20 @@ def train(
         if path is not None
     }
     config = build_config(preset=preset, overrides={**overrides, **(settings or {})})
-    return Run(start_run(config, output, observer)["run"])
+    if num_processes(config.parallel) == 1:
+        return Run(start_run(config, output, observer)["run"])
+    folder = choose_folder(output, config.data)
+    _launch(config, folder, resumes=False)
+    return Run(folder)
+
+
+def _launch(config: RunConfig, folder: str | Path, *, resumes: bool) -> None:
+    """Trains in processes of their own, which tell their progress and errors themselves."""
+    code = launch_training(config, folder, resumes=resumes, shows_output=False)
+    if code:
+        raise HastenError(
+            f"the processes of {folder} ended with exit code {code}; standard error says why."
+        )
 
 
 def load(folder: str | Path, device: str = "auto") -> Run:
