@@ -49,7 +49,7 @@ GIVEN: dict[str, Any] = {
 
 
 def chosen(config: RunConfig, facts: DataFacts) -> tuple[RunConfig, dict[str, Any]]:
-    """What a run chooses, in its order; the tokenizer's size and the machine come from elsewhere."""
+    """What a run chooses, in its order; the rest comes from elsewhere."""
     before = config
     task = next(t for t in TASKS.values() if t.architecture == facts.architecture)
     config, first = choose_for_task(config, task.name, task.architecture, task.default_metric)

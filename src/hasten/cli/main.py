@@ -134,7 +134,16 @@ def _stoppable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        raise Stopped(number)
+        # While torch sets itself up, its C++ calls Python and ends the process on an exception.
+        spec = getattr(sys.modules.get("torch"), "__spec__", None)
+        if getattr(spec, "_initializing", False):
+            stop_soon(number)
+        else:
+            raise Stopped(number)
+
+    def stop_soon(number: int) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: stop(number, None))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
 
     def again(unraisable: Any) -> None:
         # Raised inside a callback whose errors Python ignores, and imports run many of them.
@@ -142,8 +151,7 @@ def _stoppable() -> Iterator[None]:
         if not isinstance(stopped, Stopped):
             old_hook(unraisable)
             return
-        signal.signal(signal.SIGALRM, lambda *_: stop(stopped.signal_number, None))
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        stop_soon(stopped.signal_number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

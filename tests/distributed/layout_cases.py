@@ -1,0 +1,251 @@
+"""What is trained alone and in several processes: cases as data, which can be handed on as JSON.
+
+task x layout x optimizer x settings     a covering subset, each pair of the first three once
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builders import COMMON, STILL, TINY, WORDS, write_rows
+
+CLASSIFIER, GENERATOR, TRANSLATOR, ANSWERER = "classifier", "generator", "translator", "answerer"
+
+_SETTINGS: dict[str, Any] = {
+    **{key: value for key, value in TINY.items() if key != "model.pooling"},
+    **STILL,
+    "tokenizer.kind": "char",
+    "data.validation_fraction": 0.25,
+    "model.zero_init_residual": False,
+    "model.initializer_std": 0.1,
+    "optim.schedule": "constant",
+    "optim.warmup_fraction": 0.0,
+    "train.epochs": 100,
+    "train.tokens_per_step": 200,
+    "train.ema_decay": 0.0,
+    "train.gradient_clip": 0.0,
+    "train.micro_batch_tokens": 100_000,
+    "train.precision": "float32",
+    "eval.patience": 0,
+    "eval.num_beams": 1,
+}
+_OF_TASK: dict[str, dict[str, Any]] = {
+    CLASSIFIER: {},
+    GENERATOR: {"task": "text-generation"},
+    TRANSLATOR: {},
+    ANSWERER: {
+        "tokenizer.kind": "bpe",
+        "tokenizer.max_length": 32,
+        "tokenizer.vocab_size": 299,
+        "data.stride": 12,
+    },
+}
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"train.learning_rate": 3e-3, "optim.weight_decay": 0.1},
+    # Adam's steps do not change where all gradients are wrong by one factor; these do.
+    "sgd": {"train.learning_rate": 0.1, "optim.momentum": 0.0, "optim.weight_decay": 0.0},
+    "muon": {"train.learning_rate": 5e-3, "optim.weight_decay": 0.1},
+    "momentum": {"train.learning_rate": 0.05, "optim.optimizer": "sgd"},
+}
+_OTHER_OPTIMIZER = {"train.learning_rate": 1e-2, "optim.weight_decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        name: for messages.
+        task: one of the four above.
+        layout: as a person writes it; ``alone`` for one process.
+        optimizer: a name of ours above, or an optimizer's.
+        settings: what else is set.
+        dtype: of the weights.
+        num_steps: to train.
+        poisoned_step: step in which the loss of one example is NaN.
+        goes_on_with: layout from the middle on, by way of a checkpoint.
+        weights: file of weights to begin with.
+        has_dropout: whether masks are noted; then nothing is compared with a run alone.
+    """
+
+    name: str
+    task: str
+    layout: str
+    optimizer: str = "sgd"
+    settings: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float64"
+    num_steps: int = 10
+    poisoned_step: int | None = None
+    goes_on_with: str | None = None
+    weights: str | None = None
+    has_dropout: bool = False
+
+    def __str__(self) -> str:
+        layout = self.layout + f" then {self.goes_on_with}" * bool(self.goes_on_with)
+        return f"{self.name} ({self.task}, {layout}, {self.optimizer}, {self.dtype})"
+
+    @property
+    def alone(self) -> Case:
+        """The same in one process: equal for cases that differ by their layout only."""
+        return dataclasses.replace(self, layout="alone", goes_on_with=None)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Its configuration, but for the data."""
+        optimizer = _OPTIMIZERS.get(self.optimizer, _OTHER_OPTIMIZER)
+        optimizer = {"optim.optimizer": self.optimizer, **optimizer}
+        return {**_SETTINGS, **_OF_TASK[self.task], **optimizer, **self.settings}
+
+
+_ROUNDS = {"train.micro_batch_tokens": 48}
+_AVERAGED = {"train.ema_decay": 0.9}
+_UNTIED = {"model.tie_embeddings": False}
+_ALL = {
+    **_ROUNDS,
+    **_AVERAGED,
+    "model.hidden_size": 30,  # which 4 processes cannot share evenly
+    "model.num_heads": 3,
+    "train.gradient_clip": 0.05,
+    "train.l1": 1e-4,
+    "train.l2": 1e-3,
+    "train.label_smoothing": 0.1,
+}
+_OWN_VOCABULARIES = {
+    **_UNTIED,
+    **_AVERAGED,
+    "tokenizer.shared": False,
+    "model.num_decoder_layers": 1,
+}
+_OTHER_MODEL = {
+    **_ROUNDS,
+    "model.num_layers": 1,
+    "model.positions": "learned",
+    "model.bias": True,
+    "model.norm": "layernorm",
+    "model.norm_placement": "post",
+}
+_BALANCED = {**_ALL, "train.class_weights": "balanced", "model.pooling": "mean"}
+_ONE_EXAMPLE = {**_AVERAGED, "train.tokens_per_step": 1}
+_AUGMENTED = {**_ROUNDS, "data.augment": "word_swap=0.3,char_noise=0.1"}
+_DROPOUT = {"model.dropout": 0.5, "data.train": "even.csv", "train.tokens_per_step": 160}
+MEASURED = {CLASSIFIER: 12, GENERATOR: 20, TRANSLATOR: 50, ANSWERER: 30}
+"""For each task the steps that teach a part of the training examples, on which it is measured."""
+
+
+def _everywhere(layout: str) -> list[Case]:
+    """What every layout has to stand."""
+    poisoned = {**_ROUNDS, **_AVERAGED}
+    return [
+        Case("everything", CLASSIFIER, layout, "sgd", _BALANCED),
+        Case("one example a step", CLASSIFIER, layout, "adamw", _ONE_EXAMPLE),
+        Case("single precision", CLASSIFIER, layout, "sgd", _ROUNDS, dtype="float32"),
+        Case("not finite", CLASSIFIER, layout, "adamw", poisoned, num_steps=5, poisoned_step=2),
+        Case("everything", GENERATOR, layout, "muon", _ALL),
+        *_measured(layout),
+        Case("dropout", CLASSIFIER, layout, "sgd", _DROPOUT, num_steps=2, has_dropout=True),
+        Case("dropout again", CLASSIFIER, layout, "sgd", _DROPOUT, num_steps=2, has_dropout=True),
+    ]
+
+
+def learning(task: str) -> Case:
+    """The training after which a task is measured."""
+    return Case("learning", task, "alone", "muon", _of_measuring(task), num_steps=MEASURED[task])
+
+
+def _measured(layout: str) -> list[Case]:
+    """Every task measured in one piece, of which most processes have nothing, and in several."""
+    return [
+        Case(
+            f"measured with {tokens} tokens",
+            task,
+            layout,
+            settings={**_of_measuring(task), "train.micro_batch_tokens": tokens},
+            num_steps=0,
+            weights=f"{task}.safetensors",
+        )
+        for task in MEASURED
+        for tokens in (100_000, 50)
+    ]
+
+
+def _of_measuring(task: str) -> dict[str, Any]:
+    return {"data.validation": f"{task}.csv"}
+
+
+_UNLIKE = {
+    "untied": (GENERATOR, "sgd", {**_UNTIED, "train.gradient_clip": 0.05}),
+    "rounds": (GENERATOR, "adamw", _ROUNDS),
+    "augmented": (CLASSIFIER, "muon", _AUGMENTED),
+    "other model": (TRANSLATOR, "sgd", _OTHER_MODEL),
+    "own vocabularies": (TRANSLATOR, "muon", _OWN_VOCABULARIES),
+    "one vocabulary": (TRANSLATOR, "adamw", _ALL),
+    "windows": (ANSWERER, "adamw", _ROUNDS),
+    "narrow windows": (ANSWERER, "muon", _ALL),
+    "momentum": (CLASSIFIER, "momentum", {}),
+}
+
+
+def _unlike(layout: str, *names: str) -> list[Case]:
+    found = []
+    for name in names:
+        task, optimizer, settings = _UNLIKE[name]
+        found.append(Case(name, task, layout, optimizer, settings))
+    return found
+
+
+_ADAPTIVE = ("adam", "adagrad", "adadelta", "rmsprop", "nadam", "radam")
+_OF_TWO = [
+    *_everywhere("replicate=2"),
+    *_everywhere("shard=2"),
+    *_unlike("replicate=2", "untied", "augmented", "other model", "one vocabulary"),
+    *_unlike("replicate=2", "narrow windows"),
+    *_unlike("shard=2", *_UNLIKE),
+    *(Case("optimizer", CLASSIFIER, "shard=2", name, num_steps=3) for name in _ADAPTIVE),
+    Case("optimizer", CLASSIFIER, "replicate=2", "adafactor", num_steps=3),
+    Case("goes on", CLASSIFIER, "shard=2", "adamw", _BALANCED, goes_on_with="replicate=2"),
+    Case("goes on", CLASSIFIER, "replicate=2", "adamw", _BALANCED, goes_on_with="shard=2"),
+    Case("goes on", GENERATOR, "shard=2", "muon", _ALL, goes_on_with="alone"),
+]
+_OF_FOUR = [
+    *_everywhere("replicate=4"),
+    *_everywhere("shard=4"),
+    *_everywhere("replicate=2,shard=2"),
+    *_unlike("replicate=4", "own vocabularies", "windows"),
+    *_unlike("shard=4", "rounds", "other model", "narrow windows"),
+    *_unlike("replicate=2,shard=2", "untied", "augmented", "one vocabulary"),
+    Case("goes on", GENERATOR, "shard=4", "muon", _ALL, goes_on_with="replicate=2,shard=2"),
+    Case("goes on", GENERATOR, "replicate=2,shard=2", "muon", _ALL, goes_on_with="alone"),
+]
+CASES: dict[int, list[Case]] = {
+    2: _OF_TWO,
+    # Four processes on a few cores are slow, and a few steps show as much.
+    4: [dataclasses.replace(case, num_steps=min(case.num_steps, 6)) for case in _OF_FOUR],
+}
+"""By number of processes."""
+
+
+def write_data(folder: Path) -> None:
+    """Writes the file of each task: few examples of very different lengths."""
+    draw = random.Random(5)
+    words = COMMON + [word for kind in WORDS.values() for word in kind]
+
+    def text(most: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(draw.randint(1, most)))
+
+    kinds = [draw.choice(list(WORDS)) for _ in range(36)]
+    labelled = [(f"{text(6)} {draw.choice(WORDS[kind])}", kind) for kind in kinds]
+    write_rows(folder / f"{CLASSIFIER}.csv", labelled, ("text", "label"))
+    even = [("".join(draw.sample("abcdefgh", 8)), draw.choice(["a", "b"])) for _ in range(64)]
+    write_rows(folder / "even.csv", even, ("text", "label"))
+    write_rows(folder / f"{GENERATOR}.csv", [(text(12),) for _ in range(28)], ("text",))
+    pairs = [(source, f"ä{source[::-1]}") for source in (text(4) for _ in range(20))]
+    write_rows(folder / f"{TRANSLATOR}.csv", pairs, ("en", "de"))
+    rows = []
+    for _ in range(14):
+        context = text(40)
+        rows.append((context, f"what {text(2)}?", draw.choice(context.split())))
+    write_rows(folder / f"{ANSWERER}.csv", rows, ("context", "question", "answer"))

@@ -1,0 +1,233 @@
+"""Runs a case, alone or with other processes: the same code for both.
+
+Case + processes --prepare--> Loop --run_step--> Found: steps, metrics, whole tensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from layout_cases import Case
+from safetensors.torch import load_file
+from torch import Tensor
+
+from builders import Recorder, default_dtype
+from hasten.config.load import build_config
+from hasten.core.ranks import ALONE, Ranks
+from hasten.core.shards import local_part
+from hasten.data.examples import Examples
+from hasten.data.order import deal_micro_batches, plan_epoch, steps_per_epoch
+from hasten.model.search import DecodingSettings
+from hasten.optim.state import flatten_optimizer_state
+from hasten.parallel.layout import choose_layout
+from hasten.parallel.world import World
+from hasten.task.contract import Machine
+from hasten.training.build import build_loop, plan_run
+from hasten.training.checkpoint import copy_into, gather_tensors
+from hasten.training.evaluate import evaluate
+from hasten.training.loop import Loop
+from hasten.training.observe import NoLog
+from hasten.training.step import run_step
+
+TIMING = ("seconds", "tokens_per_second")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class Found:
+    """What came of a case.
+
+    Attributes:
+        steps: of each step what can be compared.
+        idle_positions: of each step, positions that passed only because all have to take part.
+        masks: of each step and process, where dropout was on, what it dropped: shape and hash.
+        metrics: of the validation split.
+        samples: decoded texts.
+        trained: what was counted in training.
+        problems: what is not the same in all processes, or has changed and must not.
+        tensors: whole weights, averages and optimizer state.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    idle_positions: list[int] = field(default_factory=list)
+    masks: list[list[Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
+    trained: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_case(case: Case, data: Path, folder: Path, world: Ranks = ALONE) -> Found:
+    """Trains and measures; all processes of ``world`` have to take part.
+
+    Args:
+        case: what to run.
+        data: where ``write_data`` has written.
+        folder: for a checkpoint.
+        world: the processes.
+    """
+    found = Found()
+    with default_dtype(DTYPES[case.dtype]):
+        loop = prepare(case, data, folder, in_layout(world, case.layout))
+        for step in range(case.num_steps):
+            if case.goes_on_with is not None and step == case.num_steps // 2:
+                loop.state.step = step
+                loop.save(NoLog())
+                loop = prepare(case, data, folder, in_layout(world, case.goes_on_with))
+                loop.resume()
+                assert loop.state.step == step
+            take_step(case, loop, step, found)
+        found.trained = loop.pace.merged_meter(loop.parts.parallel.ranks).compute()
+        measure(loop, found)
+        note_tensors(loop, found)
+    return found
+
+
+def in_layout(world: Ranks, layout: str) -> Ranks:
+    """Returns the processes of ``world`` in a layout."""
+    if layout == "alone":
+        return ALONE
+    assert isinstance(world, World)
+    return World(world.place, choose_layout(layout, world.size), "cpu")
+
+
+def prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
+    """Plans and builds a case's run."""
+    overrides = {"data.train": f"{case.task}.csv", **case.overrides}
+    for key in ("data.train", "data.validation"):
+        if key in overrides:
+            overrides[key] = str(data / overrides[key])
+    loop = build_loop(
+        plan_run(build_config(overrides=overrides), Recorder()), folder, Recorder(), ranks
+    )
+    if case.weights is not None:
+        copy_into(loop.parts.model, load_file(data / case.weights), case.weights)
+    return loop
+
+
+def take_step(case: Case, loop: Loop, step: int, found: Found) -> None:
+    """Takes the step that the loop itself would take, and notes what came of it."""
+    train, examples = batch_of(loop, step)
+    ranks, parts = loop.parts.parallel.ranks, loop.parts
+    is_poisoned = step == case.poisoned_step
+    if is_poisoned:
+        second_longest = examples[np.lexsort((examples, train.lengths[examples]))][-2]
+        # The longest goes to rank 0 and this one to rank 1.
+        poisoned: Any = Poisoned(parts.task, int(second_longest))
+        parts = dataclasses.replace(parts, task=poisoned)
+    masks: list[Any] = []
+    if case.has_dropout:
+        dropout = parts.model.get_submodule("encoder.dropout")
+        hook = dropout.register_forward_hook(lambda *seen: masks.append(mask_of(seen[-1])))
+    before = digest(loop)
+    result = run_step(parts, train, examples, step, loop.pace.meter)
+    if case.has_dropout:
+        hook.remove()
+        found.masks.append(ranks.gather(masks))
+    facts = {
+        "loss": result.loss,
+        "gradient_norm": result.gradient_norm,
+        "num_tokens": result.num_tokens,
+        "num_positions": result.num_positions,
+        "is_finite": result.is_finite,
+    }
+    found.steps.append(facts)
+    rounds = deal_micro_batches(
+        examples, train.lengths, parts.settings.micro_batch_tokens, ranks.size
+    )
+    num_idle = sum(not len(piece) for pieces in rounds for piece in pieces)
+    found.idle_positions.append(num_idle * int(train.lengths[examples[0]]))
+    for rank, (others, changed) in enumerate(ranks.gather((facts, digest(loop) != before))):
+        if repr(others) != repr(facts):
+            found.problems.append(f"step {step}: rank {rank} says {others}, rank 0 {facts}")
+        if changed is is_poisoned:
+            found.problems.append(f"step {step}: weights of rank {rank}: changed is {changed}")
+
+
+def batch_of(loop: Loop, step: int) -> tuple[Examples, np.ndarray]:
+    """Returns the examples of a step's epoch, and the numbers of those of its batch."""
+    per_epoch = steps_per_epoch(loop.train.lengths, loop.settings.tokens_per_step)
+    epoch = step // per_epoch
+    train = loop.train.in_epoch(epoch)
+    batches = plan_epoch(train.lengths, seed=0, epoch=epoch, num_batches=min(per_epoch, len(train)))
+    return train, batches[step % per_epoch % len(batches)]
+
+
+def mask_of(output: Tensor) -> tuple[list[int], str]:
+    """Returns the shape of an output and a hash of where it is zero."""
+    zeros = (output == 0).numpy()
+    assert 0.3 < zeros.mean() < 0.7
+    return list(zeros.shape), hashlib.sha256(zeros.tobytes()).hexdigest()
+
+
+def measure(loop: Loop, found: Found) -> None:
+    """Notes the metrics of the validation split."""
+    parts, ranks = loop.parts, loop.parts.parallel.ranks
+    assert loop.validation is not None
+    ended = evaluate(
+        parts.model,
+        parts.task,
+        loop.validation,
+        Machine(parts.device, parts.settings.micro_batch_tokens, ranks),
+        decoding=DecodingSettings(max_new_tokens=40),
+        average=parts.average,
+        parallel=parts.parallel,
+    )
+    found.metrics = {k: v for k, v in ended.metrics.items() if k not in TIMING}
+    found.samples = list(ended.samples)
+
+
+def note_tensors(loop: Loop, found: Found) -> None:
+    """Notes the whole tensors; processes that hold the same part must hold the same values."""
+    ranks = loop.parts.parallel.ranks
+    for group, tensors in trained_tensors(loop).items():
+        whole = gather_tensors(tensors, ranks)
+        found.tensors |= {f"{group}/{name}": tensor for name, tensor in whole.items()}
+    if isinstance(ranks, World):
+        held = ranks.gather(digest(loop))
+        shard = ranks.layout.shard
+        for rank, one in enumerate(held):
+            if one != held[rank % shard]:
+                found.problems.append(f"rank {rank} holds other values than rank {rank % shard}")
+
+
+def trained_tensors(loop: Loop) -> dict[str, dict[str, Tensor]]:
+    """Returns everything that a step changes, as this process holds it."""
+    optimizer, _ = flatten_optimizer_state(loop.parts.optimizer)
+    average = loop.parts.average
+    return {
+        "model": dict(loop.parts.model.state_dict()),
+        "optimizer": optimizer,
+        "average": {} if average is None else average.tensors(),
+    }
+
+
+def digest(loop: Loop) -> str:
+    """Returns a hash of what a step changes, of the parts that this process holds."""
+    found = hashlib.sha256()
+    for tensors in trained_tensors(loop).values():
+        for tensor in tensors.values():
+            found.update(local_part(tensor).detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Poisoned:
+    """A task in which the loss of one example is NaN."""
+
+    def __init__(self, task: Any, example: int) -> None:
+        self.task, self.example = task, example
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def loss_sum(self, outputs: Any, batch: Any) -> Tensor:
+        """Returns the loss of the task."""
+        loss = self.task.loss_sum(outputs, batch)
+        return loss * float("nan") if self.example in batch.example_ids.tolist() else loss

@@ -1,0 +1,203 @@
+"""`hasten train --processes`: finishes, stops, goes on, and says what became of its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from launched_runs import (
+    EVERY_STEP,
+    SETTINGS,
+    Launched,
+    flags,
+    has_begun,
+    is_alive,
+    launched,
+    losses,
+    steps_saved,
+    train_in_processes,
+)
+
+import hasten
+from builders import write_labelled
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc"),
+]
+FILES = [
+    "checkpoints",
+    "config.yaml",
+    "data.json",
+    "environment.json",
+    "metrics.jsonl",
+    "model",
+    "plan.json",
+    "rejected.jsonl",
+    "result.json",
+    "tokenizer.json",
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_labelled(Path("tiny.csv"), 60, noise=0.1)
+
+
+@pytest.fixture
+def reference() -> Path:
+    """The same run in one process, never disturbed."""
+    return hasten.train("tiny.csv", output="reference", settings=SETTINGS).folder
+
+
+def assert_same_losses(run: Path, reference: Path) -> None:
+    """Losses of every step and evaluation are equal up to the rounding of float32."""
+    for split in ("train", "validation"):
+        found, wanted = losses(run, split), losses(reference, split)
+        assert found.keys() == wanted.keys()
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def said(err: str) -> list[str]:
+    """Returns the messages of a command that ended early, which are ours and said once."""
+    lines = [line for line in err.splitlines() if line]
+    own = [line for line in lines if line.startswith("hasten: ")]
+    assert len(set(own)) == len(own), "it is said twice"
+    assert not re.search(r"torch|Traceback|Warning", err), err
+    return own
+
+
+def assert_complete(run: Path) -> None:
+    """The run is finished, and nothing half-written is left."""
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == FILES
+    assert not [path for path in run.rglob("*") if ".partial" in path.name]
+    predictions = hasten.load(run).predict(["the old hammer", "a wren"])
+    assert all(found["label"] in ("fruit", "tool", "bird") for found in predictions)
+
+
+def test_two_processes_train_and_say_so_once(reference: Path):
+    code, out, err = train_in_processes("tiny.csv", "-o", "run", "--processes", 2, *flags(SETTINGS))
+    assert code == 0, err
+    assert len(re.findall(r"^validation: accuracy ", out, re.MULTILINE)) == 1
+    assert len(re.findall(r"^run folder: run$", out, re.MULTILINE)) == 1
+    assert len(re.findall(r"^step 1/", err, re.MULTILINE)) == 1
+    assert "Traceback" not in err and "Warning" not in err
+    run = Path("run")
+    assert_complete(run)
+    assert_same_losses(run, reference)
+    config = (run / "config.yaml").read_text()
+    assert "processes: 2" in config and "layout: replicate=2" in config
+
+
+def test_a_run_goes_on_with_another_number_of_processes(reference: Path, cli):
+    run = Path("a run")
+    given = ("tiny.csv", "-o", run, "--parallel", "shard=2", *flags({**SETTINGS, **EVERY_STEP}))
+    with launched(run, *given) as command:
+        command.wait_for(lambda: bool(steps_saved(run)))
+        command.process.terminate()
+        code, out, err = command.end()
+    assert (code, out) == (143, ""), err
+    assert said(err)[-1:] == ["hasten: stopped; go on with: hasten train --resume 'a run'"]
+    (*_, saved) = steps_saved(run)
+    assert 0 < saved < max(losses(reference)) and not (run / "model").exists()
+    copy = Path("copy")
+    shutil.copytree(run, copy)
+
+    ended = cli("train", "--resume", run, "--processes", 1)
+    assert ended.code == 0 and f"resumed at step {saved} of " in ended.err
+    assert_complete(run)
+    assert_same_losses(run, reference)
+
+    with launched(copy, "--resume", copy, "--processes", 2, "--parallel", "replicate=2") as command:
+        command.wait_for(lambda: max(steps_saved(copy)) > saved)
+        os.killpg(command.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+        code, out, err = command.end()
+    assert (code, out) == (130, ""), err
+    assert said(err)[-1:] == ["hasten: stopped; go on with: hasten train --resume copy"]
+    code, out, err = train_in_processes("--resume", copy, "--parallel", "shard=2", "--json")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 1
+    result = json.loads(out)
+    assert result["run"] == str(copy) and result["validation"]["num_examples"] == 6
+    assert_complete(copy)
+    assert_same_losses(copy, reference)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--parallel shard=3 --processes 2", "shard=3 is a layout of 3 processes.* there are 2"),
+        ("--parallel sharp=2", "no axis 'sharp'.* Did you mean 'shard'?"),
+        ("--parallel shard=2,shard=2", "one whole number for each axis"),
+        ("--parallel shard", "one whole number for each axis"),
+        ("--processes 0", "parallel.processes: '0' .*at least 1"),
+        ("--processes two", "parallel.processes: 'two'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    arguments: str, message: str, cli, monkeypatch
+):
+    monkeypatch.setattr("hasten.training.launching.launch", lambda *_, **__: 1)
+    ended = cli("train", "tiny.csv", "-o", "run", *arguments.split())
+    assert (ended.code, ended.out) == (2, "")
+    assert re.fullmatch(rf"hasten: .*{message}.*\n", ended.err), ended.err
+    assert [path.name for path in Path().iterdir()] == ["tiny.csv"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_said_once():
+    given = ("tiny.csv", "-o", "run", "--processes", 2, "--train.device", "cuda")
+    code, out, err = train_in_processes(*given)
+    assert (code, out) == (8, "")
+    assert len(said(err)) == len(err.splitlines()) == 1 and "no CUDA device" in err, err
+    assert [path.name for path in Path().iterdir()] == ["tiny.csv"]
+
+
+def kill(command: Launched, rank: int) -> int:
+    """Kills a rank as the kernel does when memory is short; returns its process."""
+    pid = command.ranks()[rank]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+@pytest.mark.parametrize(("rank", "is_saved"), [(1, False), (0, True)])
+def test_a_killed_process_ends_the_run_and_is_named(rank: int, is_saved: bool, reference, cli):
+    run = Path("run")
+    settings = {**SETTINGS, **(EVERY_STEP if is_saved else {"train.checkpoint_minutes": 60})}
+    settings |= {} if is_saved else {"train.epochs": 40, "eval.per_epoch": 1}
+    layout = "shard=2" if is_saved else "replicate=2"
+    with launched(run, "tiny.csv", "-o", run, "--parallel", layout, *flags(settings)) as command:
+        command.wait_for(lambda: bool(steps_saved(run)) if is_saved else has_begun(run))
+        ranks = command.ranks()
+        pid = kill(command, rank)
+        code, out, err = command.end()
+    assert (code, out) == (7, ""), err
+    assert f"hasten: rank {rank} (process {pid} on this machine) was killed by SIGKILL" in err, err
+    assert "--resume" in said(err)[-1]
+    assert sorted(ranks) == [0, 1] and not any(map(is_alive, ranks.values()))
+    if is_saved:
+        assert cli("train", "--resume", run, "--processes", 1).code == 0
+        assert_complete(run)
+        assert_same_losses(run, reference)
+
+
+def test_a_run_goes_on_by_itself_after_a_process_was_lost(reference: Path):
+    run = Path("run")
+    given = ("--processes", 2, "--parallel.max_restarts", 1, *flags({**SETTINGS, **EVERY_STEP}))
+    with launched(run, "tiny.csv", "-o", run, *given) as command:
+        command.wait_for(lambda: bool(steps_saved(run)))
+        kill(command, 1)
+        code, out, err = command.end()
+    assert code == 0, err
+    assert len(re.findall(r"^run folder: run$", out, re.MULTILINE)) == 1
+    assert len(re.findall(r"rank 1 .* was killed by SIGKILL.* started again", err)) == 1
+    assert re.search(r"^resumed at step [1-9]\d* of ", err, re.MULTILINE)
+    assert_complete(run)
+    assert_same_losses(run, reference)
