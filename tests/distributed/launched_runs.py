@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
 }
 EVERY_STEP = {"train.checkpoint_minutes": 1e-9}
 _SECONDS = 120  # a machine may be busy; nothing here is meant to take a tenth of it
+SECONDS_TO_NOTICE = 30  # that a process is lost; then whoever waits for it is killed in its turn
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -68,9 +69,9 @@ class Launched:
             assert time.monotonic() < end, "the moment never came"
             time.sleep(0.002)
 
-    def end(self) -> tuple[int, str, str]:
+    def end(self, seconds: float = _SECONDS) -> tuple[int, str, str]:
         """Returns exit code, output and messages once the command and its processes are gone."""
-        out, err = self.process.communicate(timeout=_SECONDS)
+        out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from launched_runs import (
     EVERY_STEP,
+    SECONDS_TO_NOTICE,
     SETTINGS,
     Launched,
     flags,
@@ -167,20 +168,32 @@ def kill(command: Launched, rank: int) -> int:
     return pid
 
 
+def test_a_process_killed_in_preparing_ends_the_run(own_cache: Path):
+    """The others wait for rank 0 then, and must not wait for ever."""
+    given = ("tiny.csv", "-o", "run", "--processes", 2, *flags(SETTINGS))
+    with launched(Path("run"), *given) as command:
+        command.wait_for(lambda: any(own_cache.iterdir()) and len(command.ranks()) == 2)
+        pid = kill(command, 0)
+        code, out, err = command.end(SECONDS_TO_NOTICE)
+    assert (code, out) == (7, ""), err
+    assert f"rank 0 (process {pid} on this machine) was killed by SIGKILL" in said(err)[-1]
+    assert [path.name for path in Path().iterdir()] == ["tiny.csv"]
+
+
 @pytest.mark.parametrize(("rank", "is_saved"), [(1, False), (0, True)])
 def test_a_killed_process_ends_the_run_and_is_named(rank: int, is_saved: bool, reference, cli):
     run = Path("run")
-    settings = {**SETTINGS, **(EVERY_STEP if is_saved else {"train.checkpoint_minutes": 60})}
-    settings |= {} if is_saved else {"train.epochs": 40, "eval.per_epoch": 1}
+    settings = {**SETTINGS, **(EVERY_STEP if is_saved else {"train.epochs": 40})}
     layout = "shard=2" if is_saved else "replicate=2"
     with launched(run, "tiny.csv", "-o", run, "--parallel", layout, *flags(settings)) as command:
         command.wait_for(lambda: bool(steps_saved(run)) if is_saved else has_begun(run))
         ranks = command.ranks()
         pid = kill(command, rank)
-        code, out, err = command.end()
+        code, out, err = command.end(SECONDS_TO_NOTICE)
     assert (code, out) == (7, ""), err
-    assert f"hasten: rank {rank} (process {pid} on this machine) was killed by SIGKILL" in err, err
-    assert "--resume" in said(err)[-1]
+    last = said(err)[-1]
+    assert f"rank {rank} (process {pid} on this machine) was killed by SIGKILL" in last, err
+    assert "hasten train --resume run" in last
     assert sorted(ranks) == [0, 1] and not any(map(is_alive, ranks.values()))
     if is_saved:
         assert cli("train", "--resume", run, "--processes", 1).code == 0
