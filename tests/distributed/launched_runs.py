@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,17 @@ class Launched:
 
 
 @contextmanager
-def launched(run: Path, *arguments: object) -> Iterator[Launched]:
-    """Starts `hasten train ARGUMENTS`; what is left of it afterwards is killed."""
-    command = [sys.executable, "-m", "hasten", "train", *map(str, arguments)]
+def launched(run: Path, *arguments: object, starter: Sequence[str] = ()) -> Iterator[Launched]:
+    """Starts `hasten train ARGUMENTS`; what is left of it afterwards is killed.
+
+    Args:
+        run: the run's folder.
+        *arguments: of the command.
+        starter: the module that starts the processes in hasten's place, and its arguments.
+    """
+    command = ["-m", *starter, "-m", "hasten"] if starter else ["-m", "hasten"]
     process = subprocess.Popen(
-        command,
+        [sys.executable, *command, "train", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -214,3 +214,18 @@ def test_a_run_goes_on_by_itself_after_a_process_was_lost(reference: Path):
     assert re.search(r"^resumed at step [1-9]\d* of ", err, re.MULTILINE)
     assert_complete(run)
     assert_same_losses(run, reference)
+
+
+def test_processes_that_torchrun_starts_again_go_on(reference: Path):
+    run = Path("run")
+    starter = ["torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    starter += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    given = ("tiny.csv", "-o", run, *flags({**SETTINGS, **EVERY_STEP}))
+    with launched(run, *given, starter=starter) as command:
+        command.wait_for(lambda: bool(steps_saved(run)))
+        kill(command, 1)
+        code, out, err = command.end()
+    assert code == 0, err
+    assert len(re.findall(r"^run folder: run$", out, re.MULTILINE)) == 1
+    assert_complete(run)
+    assert_same_losses(run, reference)

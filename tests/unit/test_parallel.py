@@ -192,6 +192,9 @@ def failure(exitcode: int, timestamp: int = 0) -> SimpleNamespace:
         ({3: failure(-9)}, "gave no sign of life for 21 s"),
         ({0: failure(3), 1: failure(-15)}, 3),
         ({0: failure(143)}, 143),
+        ({0: failure(130), 1: failure(130)}, 130),
+        ({0: failure(143, 2), 1: failure(-9, 1)}, "rank 1 (process 99 on this machine) was killed"),
+        ({0: failure(143, 1), 1: failure(-9, 2)}, "rank 1 (process 99 on this machine) was killed"),
     ],
 )
 def test_who_failed_first_is_named_unless_it_said_so_itself(

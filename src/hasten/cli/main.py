@@ -26,7 +26,7 @@ from typer.core import TyperCommand
 from hasten.cli import augment, demo, evaluate, inspect, predict, train
 from hasten.cli.console import say
 from hasten.cli.settings import show_all_keys
-from hasten.core.errors import HastenError, UsageError, nearest
+from hasten.core.errors import DivergenceError, HastenError, UsageError, nearest
 
 _KEY = re.compile(r"--(?P<key>[a-z]+\.[a-z0-9_-]+)(?:=(?P<value>.*))?", re.DOTALL | re.IGNORECASE)
 _TYPE = re.compile(r" <.+>$")
@@ -200,11 +200,17 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
         _silence_output()  # the reader has gone, as `| head` does
         return 0
+    rank = os.environ.get("RANK", "0")
+    signal_number = getattr(error, "signal_number", None)
+    if rank != "0" and (signal_number or isinstance(error, DivergenceError)):
+        # Signals and diverging losses are agreed on by all processes; rank 0 speaks for them.
+        return 128 + signal_number if signal_number else DivergenceError.exit_code
     if isinstance(error, HastenError):
-        return _say(str(error), error.exit_code)
+        of_rank = f"rank {rank}: " if rank != "0" and "rank" not in str(error) else ""
+        return _say(f"{of_rank}{error}", error.exit_code)
     if isinstance(error, typer.Exit):
         return error.exit_code
-    if signal_number := getattr(error, "signal_number", None):
+    if signal_number:
         return _say(_stop_message(error), 128 + signal_number)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return _say("stopped.", 130)

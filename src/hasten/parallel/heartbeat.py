@@ -89,8 +89,8 @@ def _check(path: Path, timeout_seconds: float, killed: dict[int, float]) -> None
     try:
         silent = time.time() - path.stat().st_mtime
         if silent > timeout_seconds and (number := path.read_text(encoding="ascii")):
-            killed[int(path.name)] = silent
             path.unlink()
             os.kill(int(number), signal.SIGKILL)
+            killed[int(path.name)] = silent
     except (FileNotFoundError, ProcessLookupError):
         pass  # it has ended in the meantime

@@ -22,7 +22,7 @@ from hasten.core.errors import LostProcessError, MachineError
 from hasten.parallel.heartbeat import FOLDER_VARIABLE, watching
 
 _SHUTDOWN_SECONDS = 15
-_TOLD_ALREADY = frozenset({2, 3, 4, 5, 6, 8, 130, 143})
+_TOLD_ALREADY = frozenset({2, 3, 4, 5, 6, 8})
 """Exit codes with which a process has said itself what was wrong."""
 
 
@@ -52,8 +52,10 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its messages are about itself; ours name the process and the cause.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # Its messages are about itself; ours name the process and the cause. Each of its loggers has a
+    # level of its own.
+    for name in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as signs,
@@ -111,10 +113,14 @@ def _exit_code(failures: Mapping[int, Any], hung: Mapping[int, float]) -> int:
     for failure in failures.values():
         if failure.exitcode in _TOLD_ALREADY:
             return failure.exitcode
-    # Those that lost their neighbour fail as well; who was killed came before them.
-    rank, failure = min(
-        failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
-    )
+
+    def order(item: tuple[int, Any]) -> tuple[bool, float]:
+        # Those that lost their neighbour fail as well, and the agent sends SIGTERM to the rest.
+        return item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM, item[1].timestamp
+
+    rank, failure = min(failures.items(), key=order)
+    if failure.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        return failure.exitcode
     if rank in hung:
         how = f"gave no sign of life for {hung[rank]:.0f} s and was killed"
     elif failure.exitcode < 0:

@@ -5,6 +5,9 @@
 Objects travel as bytes between processes of one program; nothing of that is written to a file.
 """
 
+# pyright: reportPrivateImportUsage=false
+# The stores have no other public name as of torch 2.13.
+
 from __future__ import annotations
 
 import os
@@ -20,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hasten.core.errors import HastenError, MachineError, UsageError
+from hasten.core.errors import HastenError, LostProcessError, MachineError, UsageError
 from hasten.core.ranks import ALONE, Ranks
 from hasten.parallel.layout import Layout, choose_layout
 
@@ -73,6 +76,10 @@ class World(Ranks):
         self._device = torch.device(device_type)
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._num_waits = 0
+        main: list[Any] = [socket.gethostname(), os.getpid()]
+        torch.distributed.broadcast_object_list(main)
+        # Processes of other hosts cannot be looked at; whoever started them ends the waiting.
+        self._main_process = main[1] if main[0] == socket.gethostname() else None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of every process's tensor, on all of them."""
@@ -100,6 +107,7 @@ class World(Ranks):
         if not self.is_main:
             # However long it takes to prepare data: a collective has a limit.
             while not self._store.check([key]):
+                self._check_main()
                 time.sleep(_POLL_SECONDS)
             torch.distributed.broadcast_object_list(told)
             if told[1]:
@@ -114,6 +122,17 @@ class World(Ranks):
             self._store.set(key, "1")
             torch.distributed.broadcast_object_list(told)
         return told[0]
+
+    def _check_main(self) -> None:
+        """Ends the waiting for rank 0 where it has gone."""
+        if self._main_process is None:
+            return
+        try:
+            os.kill(self._main_process, 0)
+        except ProcessLookupError:
+            raise LostProcessError(
+                f"rank {self.rank} has lost rank 0 (process {self._main_process}) and stops."
+            ) from None
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -170,6 +189,24 @@ def first_node(nodes: str) -> str:
     return "127.0.0.1" if found is None else found["stem"] + (found["first"] or "")
 
 
+def _open_store(place: Place) -> torch.distributed.Store:
+    """Connects to where the processes find each other.
+
+    torchrun keeps its own for all attempts, and what an earlier attempt left there would lead to
+    processes that have gone.
+    """
+    is_own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = torch.distributed.TCPStore(
+        place.address,
+        place.port,
+        place.size,
+        is_master=is_own and place.rank == 0,
+        timeout=_TIMEOUT,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch.distributed.PrefixStore(f"hasten/attempt {attempt}", store)
+
+
 @contextmanager
 def joined(layout: str, num_processes: int | None, device_type: str) -> Iterator[Ranks]:
     """Joins the processes that were started together, for the time of a ``with`` block.
@@ -196,10 +233,10 @@ def joined(layout: str, num_processes: int | None, device_type: str) -> Iterator
     chosen = choose_layout(layout, place.size)
     if device_type == "cuda":
         torch.cuda.set_device(place.local_rank)
-    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     try:
         torch.distributed.init_process_group(
             "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=_open_store(place),
             rank=place.rank,
             world_size=place.size,
             timeout=_TIMEOUT,

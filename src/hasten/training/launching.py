@@ -21,6 +21,7 @@ from hasten.parallel.layout import choose_layout
 from hasten.parallel.world import find_place
 from hasten.training.build import available_cores
 from hasten.training.folder import choose_folder
+from hasten.training.machine import choose_device
 
 
 def num_processes(parallel: ParallelConfig) -> int:
@@ -56,10 +57,12 @@ def launch_training(
     Raises:
         UsageError: the folder exists already, or data come by standard input.
         LostProcessError: a process was killed.
+        MachineError: the device is not there.
     """
     count = num_processes(config.parallel)
     if "-" in (config.data.train or ()):
         raise UsageError("- (standard input) can be read by one process only: name a file.")
+    choose_device(config.train.device)  # what is not there is said once
     folder = Path(str(output)) if resumes else choose_folder(output, config.data)
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "config.yaml"
