@@ -173,6 +173,20 @@ def test_a_signal_that_falls_into_a_callback_is_not_lost(cli, monkeypatch: pytes
     assert cli("inspect", "train.csv").code == 130
 
 
+def test_a_signal_whose_error_is_replaced_is_not_lost(cli, monkeypatch: pytest.MonkeyPatch):
+    """As modules written in C do with whatever happens while they are imported."""
+
+    def busy(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise ImportError("numpy failed to import") from None
+
+    monkeypatch.setattr("hasten.data.inspection.inspect_file", busy)
+    result = cli("inspect", "train.csv")
+    assert (result.code, result.err) == (143, "hasten: stopped; nothing half-done is kept.\n")
+
+
 def test_what_signals_did_before_is_put_back(cli):
     before = [signal.getsignal(number) for number in SIGNALS]
     assert cli("--version").code == 0

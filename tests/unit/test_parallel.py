@@ -23,7 +23,8 @@ from hasten.data.order import cut_micro_batches, deal_micro_batches
 from hasten.parallel.heartbeat import FOLDER_VARIABLE, beating, watching
 from hasten.parallel.launch import _exit_code
 from hasten.parallel.layout import Layout, choose_layout
-from hasten.parallel.world import Place, find_place, first_node, joined
+from hasten.parallel.place import Place, find_place, first_node
+from hasten.parallel.world import joined
 
 DEGREES = st.integers(1, 8)
 

@@ -27,6 +27,7 @@ from hasten.cli import augment, demo, evaluate, inspect, predict, train
 from hasten.cli.console import say
 from hasten.cli.settings import show_all_keys
 from hasten.core.errors import DivergenceError, HastenError, UsageError, nearest
+from hasten.parallel.place import find_place
 
 _KEY = re.compile(r"--(?P<key>[a-z]+\.[a-z0-9_-]+)(?:=(?P<value>.*))?", re.DOTALL | re.IGNORECASE)
 _TYPE = re.compile(r" <.+>$")
@@ -131,8 +132,10 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Raises ``Stopped`` on Ctrl-C and SIGTERM, so that nothing half-written stays behind."""
+    arrived: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         # While torch sets itself up, its C++ calls Python and ends the process on an exception.
         spec = getattr(sys.modules.get("torch"), "__spec__", None)
@@ -165,6 +168,12 @@ def _stoppable() -> Iterator[None]:
     old_hook, sys.unraisablehook = sys.unraisablehook, again
     try:
         yield
+    except Exception as error:
+        # Modules written in C may put an ImportError in its place. What is meant for a person
+        # stands: why the state could not be saved, say.
+        if not arrived or isinstance(error, HastenError | OSError):
+            raise
+        raise Stopped(arrived[0]) from error
     finally:
         sys.unraisablehook = old_hook
         for number, handler in zip(numbers, old, strict=True):
@@ -200,13 +209,13 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
         _silence_output()  # the reader has gone, as `| head` does
         return 0
-    rank = os.environ.get("RANK", "0")
+    rank = _rank()
     signal_number = getattr(error, "signal_number", None)
-    if rank != "0" and (signal_number or isinstance(error, DivergenceError)):
+    if rank and (signal_number or isinstance(error, DivergenceError)):
         # Signals and diverging losses are agreed on by all processes; rank 0 speaks for them.
         return 128 + signal_number if signal_number else DivergenceError.exit_code
     if isinstance(error, HastenError):
-        of_rank = f"rank {rank}: " if rank != "0" and "rank" not in str(error) else ""
+        of_rank = f"rank {rank}: " if rank and "rank" not in str(error) else ""
         return _say(f"{of_rank}{error}", error.exit_code)
     if isinstance(error, typer.Exit):
         return error.exit_code
@@ -224,6 +233,15 @@ def _exit_code(error: BaseException) -> int:
         return _say(f"{where}{error.strerror or error}.", 8)
     _say(f"{type(error).__name__}: {error}\nThis is a defect of hasten; --debug shows where.", 1)
     return 1
+
+
+def _rank() -> int:
+    """Returns the number of this process among those that were started together."""
+    try:
+        place = find_place()
+    except UsageError:
+        return 0
+    return 0 if place is None else place.rank
 
 
 def _stop_message(error: BaseException) -> str:

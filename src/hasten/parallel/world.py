@@ -1,6 +1,6 @@
 """The processes of a run: who they are and what they tell each other.
 
-    torchrun, srun, Kubernetes, hasten --processes --environment--> Place --join--> World
+    Place --join--> World
 
 Objects travel as bytes between processes of one program; nothing of that is written to a file.
 """
@@ -11,13 +11,12 @@ Objects travel as bytes between processes of one program; nothing of that is wri
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,34 +25,13 @@ from torch import Tensor
 from hasten.core.errors import HastenError, LostProcessError, MachineError, UsageError
 from hasten.core.ranks import ALONE, Ranks
 from hasten.parallel.layout import Layout, choose_layout
+from hasten.parallel.place import Place, find_place
 
 T = TypeVar("T")
 
 # How far processes may fall behind each other. What one does for all may take longer: see on_main.
 _TIMEOUT = timedelta(minutes=10)
 _POLL_SECONDS = 0.02
-_SLURM_PORT = 20_000  # ports from here on, by the number of the job
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands, from its environment.
-
-    Attributes:
-        rank: among all processes.
-        size: how many there are.
-        local_rank: among those of this host.
-        local_size: how many of them are on this host.
-        address: host of rank 0.
-        port: on which rank 0 listens.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    address: str
-    port: int
 
 
 class World(Ranks):
@@ -76,10 +54,10 @@ class World(Ranks):
         self._device = torch.device(device_type)
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._num_waits = 0
-        main: list[Any] = [socket.gethostname(), os.getpid()]
+        main: list[Any] = [_process_table(), os.getpid()]
         torch.distributed.broadcast_object_list(main)
-        # Processes of other hosts cannot be looked at; whoever started them ends the waiting.
-        self._main_process = main[1] if main[0] == socket.gethostname() else None
+        # Processes of other hosts and containers cannot be looked at; the store tells of those.
+        self._main_process = main[1] if main[0] == _process_table() else None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of every process's tensor, on all of them."""
@@ -106,8 +84,7 @@ class World(Ranks):
         key = f"hasten/on_main/{self._num_waits}"
         if not self.is_main:
             # However long it takes to prepare data: a collective has a limit.
-            while not self._store.check([key]):
-                self._check_main()
+            while not self._is_set(key):
                 time.sleep(_POLL_SECONDS)
             torch.distributed.broadcast_object_list(told)
             if told[1]:
@@ -123,70 +100,24 @@ class World(Ranks):
             torch.distributed.broadcast_object_list(told)
         return told[0]
 
-    def _check_main(self) -> None:
-        """Ends the waiting for rank 0 where it has gone."""
-        if self._main_process is None:
-            return
+    def _is_set(self, key: str) -> bool:
+        """Looks whether rank 0 has set a key of the store.
+
+        Raises:
+            LostProcessError: rank 0 has gone, or the store with it.
+        """
         try:
-            os.kill(self._main_process, 0)
-        except ProcessLookupError:
-            raise LostProcessError(
-                f"rank {self.rank} has lost rank 0 (process {self._main_process}) and stops."
-            ) from None
+            if self._main_process is not None:
+                os.kill(self._main_process, 0)
+            return self._store.check([key])
+        except (ProcessLookupError, RuntimeError):
+            raise LostProcessError(f"rank {self.rank} has lost rank 0 and stops.") from None
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Returns where this process stands among those that were started together.
-
-    The variables are those of torchrun, which Kubernetes' training operator sets as well, or
-    those that srun gives each task of a step. None where there are none: one process alone.
-
-    Raises:
-        UsageError: variables are missing or contradict each other.
-    """
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        names = {
-            "rank": "RANK",
-            "size": "WORLD_SIZE",
-            "local_rank": "LOCAL_RANK",
-            "local_size": "LOCAL_WORLD_SIZE",
-            "port": "MASTER_PORT",
-        }
-        defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29500"}
-        address = environment.get("MASTER_ADDR", "127.0.0.1")
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        names = {
-            "rank": "SLURM_PROCID",
-            "size": "SLURM_STEP_NUM_TASKS",
-            "local_rank": "SLURM_LOCALID",
-            "local_size": "SLURM_STEP_TASKS_PER_NODE",
-            "port": "MASTER_PORT",
-        }
-        job = int(environment.get("SLURM_JOB_ID", "0"))
-        defaults = {"MASTER_PORT": str(_SLURM_PORT + job % 10_000)}
-        nodes = environment.get("SLURM_STEP_NODELIST", "")
-        address = environment.get("MASTER_ADDR") or first_node(nodes)
-    else:
-        return None
-    values: dict[str, int] = {}
-    for name, variable in names.items():
-        text = environment.get(variable, defaults.get(variable))
-        found = re.match(r"\d+", text or "")  # SLURM writes 4(x2) for two nodes of four
-        if found is None:
-            raise UsageError(
-                f"the environment variable {variable} must be a number, not {text!r}: start the "
-                "processes with torchrun, srun or --processes."
-            )
-        values[name] = int(found[0])
-    if not values["rank"] < values["size"]:
-        raise UsageError(f"rank {values['rank']} is none of {values['size']} processes.")
-    return Place(address=address, **values)
-
-
-def first_node(nodes: str) -> str:
-    """Returns the first host of a list as SLURM writes it: gpu[03-07,9],login -> gpu03."""
-    found = re.match(r"(?P<stem>[^\[,]+)(?:\[(?P<first>\d+))?", nodes)
-    return "127.0.0.1" if found is None else found["stem"] + (found["first"] or "")
+def _process_table() -> tuple[str, str]:
+    """Returns what two processes have in common that can look at each other."""
+    namespace = Path("/proc/self/ns/pid")  # containers may share a host's name
+    return socket.gethostname(), str(namespace.readlink()) if namespace.is_symlink() else ""
 
 
 def _open_store(place: Place) -> torch.distributed.Store:

@@ -18,7 +18,7 @@ from hasten.config.schema import ParallelConfig, RunConfig
 from hasten.core.errors import LostProcessError, UsageError
 from hasten.parallel.launch import launch
 from hasten.parallel.layout import choose_layout
-from hasten.parallel.world import find_place
+from hasten.parallel.place import find_place
 from hasten.training.build import available_cores
 from hasten.training.folder import choose_folder
 from hasten.training.machine import choose_device

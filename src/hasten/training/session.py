@@ -27,7 +27,8 @@ from hasten.data.cache import clear_leftovers, folder_for_stdin
 from hasten.data.rows import spool_standard_input
 from hasten.parallel.heartbeat import beating
 from hasten.parallel.layout import Layout
-from hasten.parallel.world import World, find_place, joined
+from hasten.parallel.place import find_place
+from hasten.parallel.world import World, joined
 from hasten.training.build import Plan, available_cores, build_loop, plan_run
 from hasten.training.finish import finish_run
 from hasten.training.folder import (
