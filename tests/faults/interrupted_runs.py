@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "model.stochastic_depth": 0.1,
     "model.head_dropout": 0.1,
     "train.num_threads": 1,
+    "train.precision": "float32",
     "train.learning_rate": 2e-3,
     "optim.weight_decay": 0.01,
     "eval.patience": 0,

@@ -24,6 +24,8 @@ from torch import Tensor
 # Merging two lengths into one padded group saves the fixed cost of a kernel call and pays for
 # the padded positions. The fixed cost, expressed in query-key pairs, was measured on CPU.
 _GROUP_OVERHEAD_PAIRS = 16384
+# Of a sequence of filler: short, since attention pays for pairs and models have few positions.
+_FILLER_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class PackedBatch:
         source: the stream an encoder-decoder reads, sequence for sequence; None without one.
         targets: what the task needs: (S,) labels, (N,) next tokens, (S, 2) spans; None when
             only predictions are wanted.
-        num_filler: tokens of one trailing sequence without target, 0 by default.
+        num_filler: trailing tokens that only fill the stream up: sequences of their own, which
+            stand in ``layout`` but have no example and no target.
         weight: number of units the summed loss is divided by, counted over all ranks and
             micro-batches of the optimizer step.
     """
@@ -175,6 +178,34 @@ class PackedBatch:
         """Number of sequences S."""
         return len(self.layout.lengths)
 
+    @property
+    def unfilled_layout(self) -> SequenceLayout:
+        """Where the sequences begin and end that are not filler."""
+        if not self.num_filler:
+            return self.layout
+        num_real = len(self.layout.lengths) - len(_filler_lengths(self.num_filler))
+        return SequenceLayout(self.layout.offsets[: num_real + 1], self.layout.lengths[:num_real])
+
+    def filled(self, multiple: int, num_tokens: int = 0) -> PackedBatch:
+        """Returns the batch with filler behind each stream.
+
+        Args:
+            multiple: of which the number of tokens becomes one.
+            num_tokens: that a stream has afterwards, at the least.
+        """
+        streams = [self] if self.source is None else [self, self.source]
+        wanted = [-(-max(s.num_tokens, num_tokens) // multiple) * multiple for s in streams]
+        missing = [n - s.num_tokens for n, s in zip(wanted, streams, strict=True)]
+        if not any(missing):
+            return self
+        if self.source is None:
+            return _with_filler(self, _filler_lengths(missing[0]))
+        # Streams are read sequence for sequence, so that both get equally many.
+        assert num_tokens == 0, "two streams are filled up to a multiple only"
+        assert multiple <= _FILLER_LENGTH
+        own, of_source = ([n or multiple] for n in missing)
+        return replace(_with_filler(self, own), source=_with_filler(self.source, of_source))
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """Returns the batch on ``device``; host lengths stay on the host."""
 
@@ -191,6 +222,30 @@ class PackedBatch:
             source=None if self.source is None else self.source.to(device),
             targets=move(self.targets),
         )
+
+
+def _filler_lengths(num_tokens: int) -> list[int]:
+    whole, rest = divmod(num_tokens, _FILLER_LENGTH)
+    return [_FILLER_LENGTH] * whole + [rest] * bool(rest)
+
+
+def _with_filler(batch: PackedBatch, lengths: list[int]) -> PackedBatch:
+    """Returns the stream with sequences of token 0 at its end."""
+    assert not batch.num_filler
+    num_filler, device = sum(lengths), batch.token_ids.device
+
+    def longer(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(num_filler)])
+
+    positions = torch.from_numpy(positions_from_lengths(lengths)).to(device)
+    return replace(
+        batch,
+        token_ids=longer(batch.token_ids),
+        positions=torch.cat([batch.positions, positions]),
+        layout=SequenceLayout.from_lengths([*batch.layout.lengths, *lengths], device),
+        token_types=None if batch.token_types is None else longer(batch.token_types),
+        num_filler=num_filler,
+    )
 
 
 def positions_from_lengths(lengths: Sequence[int]) -> np.ndarray:

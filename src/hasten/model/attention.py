@@ -60,6 +60,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
         self.query_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self.core = AttentionCore()
 
     @property
     def spec(self) -> AttentionSpec:
@@ -84,24 +85,42 @@ class Attention(nn.Module):
             rotary: cosines and sines per token; None without rotary positions.
             memory_MD: the stream that is looked at; None for ``x_ND`` itself.
         """
-        q_NHC = self.queries(x_ND, rotary)
-        k_MKC, v_MKC = self.keys_values(x_ND if memory_MD is None else memory_MD, rotary)
-        return self.output(attend(q_NHC, k_MKC, v_MKC, plan, self.spec).flatten(1))
+        q_NHC = self.queries(x_ND)
+        k_MKC, v_MKC = self.keys_values(x_ND if memory_MD is None else memory_MD)
+        return self.output(self.core(q_NHC, k_MKC, v_MKC, rotary, plan, self.spec).flatten(1))
 
-    def queries(self, x_ND: Tensor, rotary: Rotary | None) -> Tensor:
+    def queries(self, x_ND: Tensor, rotary: Rotary | None = None) -> Tensor:
         """Returns the queries (N, H, C)."""
         q_NHC = self.query(x_ND).unflatten(-1, (-1, self.head_size))
         if self.query_norm is not None:
             q_NHC = self.query_norm(q_NHC)
         return q_NHC if rotary is None else apply_rotary(q_NHC, *rotary)
 
-    def keys_values(self, x_MD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_MD: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Returns keys and values, each (M, K, C)."""
         k_MKC = self.key(x_MD).unflatten(-1, (-1, self.head_size))
         v_MKC = self.value(x_MD).unflatten(-1, (-1, self.head_size))
         if self.key_norm is not None:
             k_MKC = self.key_norm(k_MKC)
         return (k_MKC if rotary is None else apply_rotary(k_MKC, *rotary)), v_MKC
+
+
+class AttentionCore(nn.Module):
+    """Attention between projections: a module, so that processes can exchange heads around it."""
+
+    def forward(
+        self,
+        q_NHC: Tensor,
+        k_MKC: Tensor,
+        v_MKC: Tensor,
+        rotary: Rotary | None,
+        plan: GroupPlan,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """Returns (N, H, C); see ``attend``. With ``rotary`` queries and keys are one stream."""
+        if rotary is not None:
+            q_NHC, k_MKC = apply_rotary(q_NHC, *rotary), apply_rotary(k_MKC, *rotary)
+        return attend(q_NHC, k_MKC, v_MKC, plan, spec)
 
 
 def attend(

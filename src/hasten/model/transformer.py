@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hasten.core.batch import GroupPlan, PackedBatch, SequenceLayout, pack_padded
 from hasten.core.errors import UsageError, nearest
@@ -141,9 +142,21 @@ class Stack(nn.Module):
             for i in range(num_layers)
         )
         self.final_norm = build_norm(config) if config.norm_placement == "pre" else None
+        # Between them processes that share a stream hold some of its rows each.
+        self.divide, self.unite = nn.Identity(), nn.Identity()
+        self.recompute = False
 
     def forward(self, x_ND: Tensor, batch: PackedBatch, memory_MD: Tensor | None = None) -> Tensor:
         """Maps embeddings (N, D) to hidden states (N, D).
+
+        Raises:
+            UsageError: a sequence is longer than ``max_positions``.
+        """
+        x_ND = self.divide(self.enter(x_ND))
+        return self.unite(self.leave(self.advance(x_ND, batch, memory_MD)))
+
+    def advance(self, x_ND: Tensor, batch: PackedBatch, memory_MD: Tensor | None = None) -> Tensor:
+        """Runs the blocks that are here; ``recompute`` trades their activations for time.
 
         Raises:
             UsageError: a sequence is longer than ``max_positions``.
@@ -155,10 +168,12 @@ class Stack(nn.Module):
             memory_MD,
             None if memory_MD is None else batch.source_plan,
         )
-        x_ND = self.enter(x_ND)
         for block in self.blocks:
-            x_ND = block(x_ND, around)
-        return self.leave(x_ND)
+            if self.recompute and self.training:
+                x_ND = checkpoint(block, x_ND, around, use_reentrant=False)  # pyright: ignore
+            else:
+                x_ND = block(x_ND, around)
+        return x_ND
 
     def rotate(self, positions: Tensor) -> Rotary | None:
         """Returns the cosines and sines of (N,) positions, where they are rotary."""
@@ -175,6 +190,10 @@ class Stack(nn.Module):
 
 class Transformer(nn.Module):
     """A Transformer with a head; by default an encoder that classifies.
+
+    Attributes:
+        row_multiple: the rows of a stream are filled up to a multiple of it, for processes that
+            share them; outputs have none of the filler.
 
     Args:
         vocab_size: number of token embeddings.
@@ -226,6 +245,7 @@ class Transformer(nn.Module):
             else None
         )
         self.head = _HEADS[config.head](config)
+        self.row_multiple = 1
         self.reset_parameters()
 
     @classmethod
@@ -251,6 +271,7 @@ class Transformer(nn.Module):
             UsageError: the batch has no source for an encoder-decoder, or one too many.
         """
         batch = inputs if isinstance(inputs, PackedBatch) else pack_padded(inputs, mask)
+        batch = batch.filled(self.row_multiple)
         if (batch.source is not None) != (self.config.architecture == "encoder_decoder"):
             raise UsageError("a source belongs to an encoder_decoder, and to nothing else.")
         x_ND = self.embed(batch)
@@ -260,7 +281,7 @@ class Transformer(nn.Module):
         else:
             memory_MD = None if batch.source is None else self.encode(batch.source)
             x_ND = self.decoder(x_ND, batch, memory_MD)
-        return self.score(x_ND, batch.layout)
+        return self.score(x_ND[: batch.num_tokens - batch.num_filler], batch.unfilled_layout)
 
     @property
     def blocks(self) -> list[nn.Module]:
