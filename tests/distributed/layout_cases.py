@@ -5,13 +5,13 @@ task x layout x optimizer x settings     a covering subset, each pair of the fir
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from builders import COMMON, STILL, TINY, WORDS, write_rows
+from hasten.parallel.layout import AXES
 
 CLASSIFIER, GENERATOR, TRANSLATOR, ANSWERER = "classifier", "generator", "translator", "answerer"
 
@@ -91,14 +91,17 @@ class Case:
     @property
     def alone(self) -> Case:
         """The same in one process: equal for cases that differ by their layout only."""
-        return dataclasses.replace(self, layout="alone", goes_on_with=None)
+        return replace(self, layout="alone", goes_on_with=None)
 
     @property
     def overrides(self) -> dict[str, Any]:
         """Its configuration, but for the data."""
         optimizer = _OPTIMIZERS.get(self.optimizer, _OTHER_OPTIMIZER)
         optimizer = {"optim.optimizer": self.optimizer, **optimizer}
-        return {**_SETTINGS, **_OF_TASK[self.task], **optimizer, **self.settings}
+        values = {**_SETTINGS, **_OF_TASK[self.task], **optimizer, **self.settings}
+        if "pipeline" in self.layout + str(self.goes_on_with):  # every micro-batch is filled up
+            values["train.micro_batch_tokens"] = min(96, values["train.micro_batch_tokens"])
+        return values
 
 
 _ROUNDS = {"train.micro_batch_tokens": 48}
@@ -107,8 +110,10 @@ _UNTIED = {"model.tie_embeddings": False}
 _ALL = {
     **_ROUNDS,
     **_AVERAGED,
-    "model.hidden_size": 30,  # which 4 processes cannot share evenly
-    "model.num_heads": 3,
+    "model.hidden_size": 36,
+    "model.num_heads": 6,
+    "model.num_kv_heads": 2,
+    "model.feed_forward_size": 74,  # which 4 processes cannot share evenly
     "train.gradient_clip": 0.05,
     "train.l1": 1e-4,
     "train.l2": 1e-3,
@@ -131,13 +136,22 @@ _OTHER_MODEL = {
 _BALANCED = {**_ALL, "train.class_weights": "balanced", "model.pooling": "mean"}
 _ONE_EXAMPLE = {**_AVERAGED, "train.tokens_per_step": 1}
 _AUGMENTED = {**_ROUNDS, "data.augment": "word_swap=0.3,char_noise=0.1"}
-_DROPOUT = {"model.dropout": 0.5, "data.train": "even.csv", "train.tokens_per_step": 160}
+_DROPOUT = {
+    "model.num_heads": 4,
+    "model.dropout": 0.5,
+    "data.train": "even.csv",
+    "train.tokens_per_step": 160,
+}
 MEASURED = {CLASSIFIER: 12, GENERATOR: 20, TRANSLATOR: 50, ANSWERER: 30}
 """For each task the steps that teach a part of the training examples, on which it is measured."""
 
 
 def _everywhere(layout: str) -> list[Case]:
-    """What every layout has to stand."""
+    """What every kind of layout has to stand."""
+    return [*_trained(layout), *_measured(layout, 50)]
+
+
+def _trained(layout: str) -> list[Case]:
     poisoned = {**_ROUNDS, **_AVERAGED}
     return [
         Case("everything", CLASSIFIER, layout, "sgd", _BALANCED),
@@ -145,9 +159,14 @@ def _everywhere(layout: str) -> list[Case]:
         Case("single precision", CLASSIFIER, layout, "sgd", _ROUNDS, dtype="float32"),
         Case("not finite", CLASSIFIER, layout, "adamw", poisoned, num_steps=5, poisoned_step=2),
         Case("everything", GENERATOR, layout, "muon", _ALL),
-        *_measured(layout),
-        Case("dropout", CLASSIFIER, layout, "sgd", _DROPOUT, num_steps=2, has_dropout=True),
-        Case("dropout again", CLASSIFIER, layout, "sgd", _DROPOUT, num_steps=2, has_dropout=True),
+        *_dropping(layout),
+    ]
+
+
+def _dropping(layout: str) -> list[Case]:
+    return [
+        Case(name, CLASSIFIER, layout, "sgd", _DROPOUT, num_steps=2, has_dropout=True)
+        for name in ("dropout", "dropout again")
     ]
 
 
@@ -156,8 +175,8 @@ def learning(task: str) -> Case:
     return Case("learning", task, "alone", "muon", _of_measuring(task), num_steps=MEASURED[task])
 
 
-def _measured(layout: str) -> list[Case]:
-    """Every task measured in one piece, of which most processes have nothing, and in several."""
+def _measured(layout: str, tokens: int) -> list[Case]:
+    """Every task, measured in pieces of so many tokens: in one, most processes have nothing."""
     return [
         Case(
             f"measured with {tokens} tokens",
@@ -168,7 +187,6 @@ def _measured(layout: str) -> list[Case]:
             weights=f"{task}.safetensors",
         )
         for task in MEASURED
-        for tokens in (100_000, 50)
     ]
 
 
@@ -185,7 +203,8 @@ _UNLIKE = {
     "one vocabulary": (TRANSLATOR, "adamw", _ALL),
     "windows": (ANSWERER, "adamw", _ROUNDS),
     "narrow windows": (ANSWERER, "muon", _ALL),
-    "momentum": (CLASSIFIER, "momentum", {}),
+    "momentum": (CLASSIFIER, "momentum", {"train.recompute": True}),
+    "soft-cap": (GENERATOR, "sgd", {**_ROUNDS, "model.logit_softcap": 3.0}),
 }
 
 
@@ -197,33 +216,97 @@ def _unlike(layout: str, *names: str) -> list[Case]:
     return found
 
 
+def _of_schedules() -> list[Case]:
+    """The schedules of a pipeline besides the default: 3 blocks on 2 stages, 4 on 4."""
+    blocks = {"gpipe": 3, "interleaved": 4, "zero-bubble": 3}
+    return [
+        Case(
+            name,
+            task,
+            "pipeline=2",
+            "adamw",
+            {**_ALL, "parallel.schedule": name, "model.num_layers": num_blocks},
+        )
+        for name, num_blocks in blocks.items()
+        for task in (CLASSIFIER, GENERATOR)
+    ]
+
+
+def _of_pair(layout: str) -> list[Case]:
+    """What a pair of axes has to stand: each architecture once."""
+    settings = {**_ALL, "train.recompute": True, "model.hidden_size": 40, "model.num_heads": 4}
+    cases = [
+        Case("everything", CLASSIFIER, layout, "sgd", settings),
+        Case("not finite", CLASSIFIER, layout, "adamw", _ROUNDS, num_steps=4, poisoned_step=2),
+        Case("everything", GENERATOR, layout, "muon", {**settings, **_UNTIED}),
+        Case("other model", TRANSLATOR, layout, "sgd", _OTHER_MODEL),
+        Case("windows", ANSWERER, layout, "adamw", _ROUNDS),
+    ]
+    cases = [replace(case, settings={"model.num_heads": 4, **case.settings}) for case in cases]
+    return _that_fit(layout, cases)
+
+
+def _that_fit(layout: str, cases: list[Case]) -> list[Case]:
+    """Leaves out what a layout refuses: an encoder-decoder cannot be cut into stages."""
+    return [case for case in cases if "pipeline" not in layout or case.task != TRANSLATOR]
+
+
 _ADAPTIVE = ("adam", "adagrad", "adadelta", "rmsprop", "nadam", "radam")
 _OF_TWO = [
-    *_everywhere("replicate=2"),
-    *_everywhere("shard=2"),
+    *(c for axis in AXES for c in _that_fit(axis, _everywhere(f"{axis}=2"))),
+    *_unlike("pipeline=2", "untied", "rounds", "augmented", "windows", "momentum", "soft-cap"),
+    *_of_schedules(),
+    *_measured("replicate=2", 100_000),
+    *_measured("shard=2", 100_000),
     *_unlike("replicate=2", "untied", "augmented", "other model", "one vocabulary"),
     *_unlike("replicate=2", "narrow windows"),
     *_unlike("shard=2", *_UNLIKE),
+    *_unlike("context=2", "untied", "own vocabularies", "one vocabulary", "windows", "soft-cap"),
+    *_unlike("tensor=2", *_UNLIKE),
     *(Case("optimizer", CLASSIFIER, "shard=2", name, num_steps=3) for name in _ADAPTIVE),
+    Case("optimizer", CLASSIFIER, "tensor=2", "adam", num_steps=3),
+    Case("optimizer", CLASSIFIER, "tensor=2", "rmsprop", num_steps=3),
     Case("optimizer", CLASSIFIER, "replicate=2", "adafactor", num_steps=3),
-    Case("goes on", CLASSIFIER, "shard=2", "adamw", _BALANCED, goes_on_with="replicate=2"),
+    Case("goes on", CLASSIFIER, "shard=2", "adamw", _BALANCED, goes_on_with="tensor=2"),
     Case("goes on", CLASSIFIER, "replicate=2", "adamw", _BALANCED, goes_on_with="shard=2"),
-    Case("goes on", GENERATOR, "shard=2", "muon", _ALL, goes_on_with="alone"),
+    Case("goes on", CLASSIFIER, "tensor=2", "adamw", _BALANCED, goes_on_with="context=2"),
+    Case("goes on", GENERATOR, "context=2", "muon", _ALL, goes_on_with="pipeline=2"),
+    Case("goes on", CLASSIFIER, "pipeline=2", "adamw", _BALANCED, goes_on_with="alone"),
 ]
+_STAGES_OF_COPIES = "pipeline=2,replicate=2"
 _OF_FOUR = [
-    *_everywhere("replicate=4"),
-    *_everywhere("shard=4"),
+    *_trained("replicate=4"),
+    *_trained("shard=4"),
     *_everywhere("replicate=2,shard=2"),
     *_unlike("replicate=4", "own vocabularies", "windows"),
     *_unlike("shard=4", "rounds", "other model", "narrow windows"),
     *_unlike("replicate=2,shard=2", "untied", "augmented", "one vocabulary"),
-    Case("goes on", GENERATOR, "shard=4", "muon", _ALL, goes_on_with="replicate=2,shard=2"),
-    Case("goes on", GENERATOR, "replicate=2,shard=2", "muon", _ALL, goes_on_with="alone"),
+    *_of_pair("replicate=2,tensor=2"),
+    *_of_pair("shard=2,tensor=2"),
+    *_of_pair("replicate=2,context=2"),
+    *_of_pair("shard=2,context=2"),
+    *_of_pair("context=2,tensor=2"),
+    *_of_pair("pipeline=2,replicate=2"),
+    *_of_pair("pipeline=2,shard=2"),
+    *_of_pair("pipeline=2,context=2"),
+    *_of_pair("pipeline=2,tensor=2"),
+    *_dropping("shard=2,tensor=2"),
+    *_dropping("context=2,tensor=2"),
+    Case("goes on", GENERATOR, "shard=4", "muon", _ALL, goes_on_with="shard=2,tensor=2"),
+    Case(
+        "goes on",
+        GENERATOR,
+        "shard=2,tensor=2",
+        "muon",
+        _ALL,
+        goes_on_with="pipeline=2,replicate=2",
+    ),
+    Case("goes on", GENERATOR, "pipeline=2,tensor=2", "muon", _ALL, goes_on_with="alone"),
 ]
 CASES: dict[int, list[Case]] = {
     2: _OF_TWO,
     # Four processes on a few cores are slow, and a few steps show as much.
-    4: [dataclasses.replace(case, num_steps=min(case.num_steps, 6)) for case in _OF_FOUR],
+    4: [replace(case, num_steps=min(case.num_steps, 6)) for case in _OF_FOUR],
 }
 """By number of processes."""
 

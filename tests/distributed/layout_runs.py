@@ -25,7 +25,7 @@ from hasten.data.examples import Examples
 from hasten.data.order import deal_micro_batches, plan_epoch, steps_per_epoch
 from hasten.model.search import DecodingSettings
 from hasten.optim.state import flatten_optimizer_state
-from hasten.parallel.layout import choose_layout
+from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.world import World
 from hasten.task.contract import Machine
 from hasten.training.build import build_loop, plan_run
@@ -45,8 +45,10 @@ class Found:
 
     Attributes:
         steps: of each step what can be compared.
-        idle_positions: of each step, positions that passed only because all have to take part.
-        masks: of each step and process, where dropout was on, what it dropped: shape and hash.
+        extra_positions: of each step, positions that passed only because all have to take part,
+            or to fill a stream up.
+        masks: of each step and share of a batch, where dropout was on, what it dropped: shape and
+            hash.
         metrics: of the validation split.
         samples: decoded texts.
         trained: what was counted in training.
@@ -55,7 +57,7 @@ class Found:
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
-    idle_positions: list[int] = field(default_factory=list)
+    extra_positions: list[int] = field(default_factory=list)
     masks: list[list[Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     samples: list[str] = field(default_factory=list)
@@ -90,12 +92,17 @@ def run_case(case: Case, data: Path, folder: Path, world: Ranks = ALONE) -> Foun
     return found
 
 
+_WORLDS: dict[str, World] = {}
+
+
 def in_layout(world: Ranks, layout: str) -> Ranks:
     """Returns the processes of ``world`` in a layout."""
     if layout == "alone":
         return ALONE
     assert isinstance(world, World)
-    return World(world.place, choose_layout(layout, world.size), "cpu")
+    if layout not in _WORLDS:  # each opens connections of its own
+        _WORLDS[layout] = World(world.place, choose_layout(layout, world.size), "cpu")
+    return _WORLDS[layout]
 
 
 def prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
@@ -108,7 +115,8 @@ def prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
         plan_run(build_config(overrides=overrides), Recorder()), folder, Recorder(), ranks
     )
     if case.weights is not None:
-        copy_into(loop.parts.model, load_file(data / case.weights), case.weights)
+        weights, own = load_file(data / case.weights), loop.parts.model.state_dict()
+        copy_into(loop.parts.model, {n: weights[n] for n in own}, case.weights)
     return loop
 
 
@@ -123,14 +131,19 @@ def take_step(case: Case, loop: Loop, step: int, found: Found) -> None:
         poisoned: Any = Poisoned(parts.task, int(second_longest))
         parts = dataclasses.replace(parts, task=poisoned)
     masks: list[Any] = []
-    if case.has_dropout:
-        dropout = parts.model.get_submodule("encoder.dropout")
-        hook = dropout.register_forward_hook(lambda *seen: masks.append(mask_of(seen[-1])))
+    dropout = parts.model.stacks[0].dropout
+    hook = dropout.register_forward_hook(lambda *seen: masks.append(seen[-1]))
     before = digest(loop)
     result = run_step(parts, train, examples, step, loop.pace.meter)
+    hook.remove()
     if case.has_dropout:
-        hook.remove()
-        found.masks.append(ranks.gather(masks))
+        masks = [mask_of(output) for output in masks]
+        of_shares: dict[int, list[Any]] = {}
+        everyone = ranks.gather((ranks.of_batch.rank, masks))[: ranks.stage_size]
+        for rank, (share, dropped) in enumerate(everyone):
+            if of_shares.setdefault(share, dropped) != dropped:
+                found.problems.append(f"step {step}: rank {rank} drops other units")
+        found.masks.append(list(of_shares.values()))
     facts = {
         "loss": result.loss,
         "gradient_norm": result.gradient_norm,
@@ -139,16 +152,29 @@ def take_step(case: Case, loop: Loop, step: int, found: Found) -> None:
         "is_finite": result.is_finite,
     }
     found.steps.append(facts)
-    rounds = deal_micro_batches(
-        examples, train.lengths, parts.settings.micro_batch_tokens, ranks.size
-    )
-    num_idle = sum(not len(piece) for pieces in rounds for piece in pieces)
-    found.idle_positions.append(num_idle * int(train.lengths[examples[0]]))
+    found.extra_positions.append(extra_positions(loop, train, examples))
     for rank, (others, changed) in enumerate(ranks.gather((facts, digest(loop) != before))):
         if repr(others) != repr(facts):
             found.problems.append(f"step {step}: rank {rank} says {others}, rank 0 {facts}")
         if changed is is_poisoned:
             found.problems.append(f"step {step}: weights of rank {rank}: changed is {changed}")
+
+
+def extra_positions(loop: Loop, train: Examples, examples: np.ndarray) -> int:
+    """Returns the positions of a step that pass for no example."""
+    parts = loop.parts
+    rounds = deal_micro_batches(
+        examples,
+        train.lengths,
+        parts.settings.micro_batch_tokens,
+        parts.parallel.ranks.of_batch.size,
+    )
+    extra = 0
+    for piece in (piece for pieces in rounds for piece in pieces):
+        batch = train.pack(piece if len(piece) else examples[:1])
+        extra += parts.parallel.num_positions(batch)[0]
+        extra -= batch.num_positions if len(piece) else 0
+    return extra
 
 
 def batch_of(loop: Loop, step: int) -> tuple[Examples, np.ndarray]:
@@ -191,11 +217,20 @@ def note_tensors(loop: Loop, found: Found) -> None:
         whole = gather_tensors(tensors, ranks)
         found.tensors |= {f"{group}/{name}": tensor for name, tensor in whole.items()}
     if isinstance(ranks, World):
-        held = ranks.gather(digest(loop))
-        shard = ranks.layout.shard
-        for rank, one in enumerate(held):
-            if one != held[rank % shard]:
-                found.problems.append(f"rank {rank} holds other values than rank {rank % shard}")
+        held: dict[tuple[int, ...], str] = {}
+        for rank, one in enumerate(ranks.gather(digest(loop))):
+            if held.setdefault(part_of(rank, ranks.layout), one) != one:
+                found.problems.append(f"rank {rank} holds other values than those of its part")
+
+
+def part_of(rank: int, layout: Layout) -> tuple[int, ...]:
+    """Returns which part of the weights a process holds."""
+    stage, place = divmod(rank, layout.size // layout.pipeline)
+    if layout.has_whole_weights:
+        return (stage,)
+    is_sharded = layout.shard > 1 or layout.pipeline == 1
+    shards = layout.shard * layout.context if is_sharded else 1
+    return stage, place % layout.tensor, place // layout.tensor % shards
 
 
 def trained_tensors(loop: Loop) -> dict[str, dict[str, Tensor]]:

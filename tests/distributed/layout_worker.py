@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from hasten.parallel.world import joined
 
 # Processes that wait for each other would wait for ever.
-_SECONDS = 300
+_SECONDS = 900
 
 
 def main(folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import pack, random_sequences, small_model
+from builders import default_dtype, gradients, pack, random_sequences, small_model
 from hasten.core.batch import (
     PackedBatch,
     SequenceLayout,
@@ -125,3 +125,41 @@ def test_sequences_look_at_their_own_source():
     assert (group.queries.length, group.keys.length) == (3, 9)
     assert group.queries.rows is None and group.keys.mask is not None
     assert group.keys.mask.flatten(1).sum(1).tolist() == [5, 9]
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder_decoder"])
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    multiple=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_filler_changes_neither_outputs_nor_gradients(
+    architecture: str, lengths: list[int], multiple: int, seed: int
+):
+    with default_dtype(torch.float64):
+        model = small_model(architecture=architecture, norm="layernorm", bias=True)
+        sources = [1 + (seed + n) % 7 for n in lengths]
+        batch = (
+            with_source(lengths, sources)
+            if architecture == "encoder_decoder"
+            else pack(random_sequences(lengths))
+        )
+        found = []
+        for model.row_multiple in (1, multiple):
+            outputs = model(batch)
+            (outputs**2).sum().backward()
+            found.append({"outputs": outputs.detach(), **gradients(model)})
+    filled = batch.filled(multiple)
+    assert filled.num_tokens % multiple == 0 and filled.num_tokens - batch.num_tokens <= multiple
+    assert filled.unfilled_layout.lengths == batch.layout.lengths
+    for name, alone in found[0].items():
+        torch.testing.assert_close(found[1][name], alone, rtol=1e-10, atol=1e-12)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), more=st.integers(0, 60))
+def test_a_batch_is_filled_up_to_a_number(lengths: list[int], more: int):
+    batch = pack(random_sequences(lengths))
+    filled = batch.filled(1, batch.num_tokens + more)
+    assert (filled.num_tokens, filled.num_filler) == (batch.num_tokens + more, more)
+    assert filled.positions.max() < max(16, *lengths, 10)
+    assert filled.unfilled_layout.lengths == batch.layout.lengths

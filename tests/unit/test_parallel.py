@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,28 +22,54 @@ from hasten.core.errors import LostProcessError, UsageError
 from hasten.core.ranks import ALONE
 from hasten.core.shards import copy_whole_, is_sharded, local_part, placed_like, whole
 from hasten.data.order import cut_micro_batches, deal_micro_batches
+from hasten.model.transformer import Transformer
+from hasten.parallel.apply import check_layout
 from hasten.parallel.heartbeat import FOLDER_VARIABLE, beating, watching
 from hasten.parallel.launch import _exit_code
-from hasten.parallel.layout import Layout, choose_layout
+from hasten.parallel.layout import AXES, Layout, choose_layout
 from hasten.parallel.place import Place, find_place, first_node
 from hasten.parallel.world import joined
 
 DEGREES = st.integers(1, 8)
 
 
-@given(replicate=DEGREES, shard=DEGREES)
-def test_a_layout_is_read_as_it_is_written(replicate: int, shard: int):
-    layout = Layout(replicate, shard)
-    assert choose_layout(str(layout), replicate * shard) == layout
+@given(st.builds(Layout, *[DEGREES] * len(AXES)))
+def test_a_layout_is_read_as_it_is_written(layout: Layout):
+    assert choose_layout(str(layout), layout.size) == layout
     assert choose_layout(str(layout), None) == layout
-    assert layout.size == replicate * shard
-    assert choose_layout("auto", replicate) == Layout(replicate, 1)
+    assert layout.size == math.prod(getattr(layout, axis) for axis in AXES)
+    assert choose_layout("auto", layout.size) == Layout(replicate=layout.size)
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "message"),
+    [
+        ({"num_heads": 6}, "tensor=4", "must divide the 6 heads of attention: 1, 2, 3, 6 would"),
+        ({"num_heads": 6}, "tensor=2,context=2", "must divide the 6 heads"),
+        ({"num_heads": 4, "num_kv_heads": 2}, "tensor=4", "the 2 key/value heads: 1, 2 would"),
+        ({"feed_forward_size": 75}, "tensor=2", "--model.feed_forward_size 74 would fit"),
+        ({"stochastic_depth": 0.1}, "context=2", "stochastic_depth does not go with"),
+        ({"num_layers": 3}, "pipeline=4", "3 stages or fewer would fit"),
+        ({"architecture": "encoder_decoder"}, "pipeline=2", "encoder_decoder cannot be cut"),
+    ],
+)
+def test_a_model_that_cannot_be_spread_is_refused(options: Any, layout: str, message: str):
+    settings = {"vocab_size": 9, "hidden_size": 24, "num_heads": 4, "dropout": 0.0, **options}
+    config = Transformer(**settings).config
+    with pytest.raises(UsageError) as refused:
+        check_layout(config, choose_layout(layout, None), "1f1b")
+    assert message in str(refused.value)
+    check_layout(config, Layout(replicate=3, shard=5), "1f1b")
 
 
 @pytest.mark.parametrize(
     ("wanted", "processes", "message"),
     [
-        ("shards=2", 2, "no axis 'shards'; there are replicate, shard. Did you mean 'shard'?"),
+        (
+            "shards=2",
+            2,
+            "no axis 'shards'; there are pipeline, replicate, shard, context, tensor. Did",
+        ),
         ("shard", 2, "one whole number for each axis"),
         ("shard=0", 2, "one whole number for each axis"),
         ("shard=2,shard=2", 4, "one whole number for each axis"),

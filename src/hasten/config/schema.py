@@ -242,6 +242,10 @@ class TrainConfig(Section):
         default="auto",
         description="of matrix products; auto: the faster of float32 and bf16, measured",
     )
+    recompute: bool = Field(
+        default=False,
+        description="compute what is inside a block again for its backward: less memory, more time",
+    )
     deterministic: bool = Field(
         default=False, description="bit-exact kernels on CUDA, slower; the CPU is always exact"
     )
@@ -302,7 +306,11 @@ class ParallelConfig(Section):
     )
     layout: str = Field(
         default="auto",
-        description="degrees of replicate and shard, as in replicate=2,shard=2; auto: replicate",
+        description="degrees of pipeline, replicate, shard, context, tensor, as in "
+        "shard=2,tensor=2; auto: replicate",
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
+        default="1f1b", description="in which order the stages of a pipeline work"
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         default=0, description="times that a run goes on by itself after it lost a process"

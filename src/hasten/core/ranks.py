@@ -29,6 +29,21 @@ class Ranks:
         """Whether this process is the one that writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def stage_size(self) -> int:
+        """How many processes have to do with the same weights; fewer than all in a pipeline."""
+        return self.size
+
+    @property
+    def of_batch(self) -> Ranks:
+        """The processes by the share of a batch that they have; several may have the same."""
+        return self
+
+    @property
+    def speaks_for_share(self) -> bool:
+        """Whether this process counts what its share of a batch comes to; one of each share."""
+        return True
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of every process's tensor, on all of them."""
         return tensor
@@ -36,6 +51,14 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """Returns every process's value, in the order of ranks, on all of them."""
         return [value]
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns on rank 0 the tensors of all stages of a pipeline, on others none.
+
+        Args:
+            tensors: of this process's stage, on the host; the first process of a stage sends.
+        """
+        return tensors
 
     def any(self, values: Sequence[bool]) -> list[bool]:
         """Returns for each value whether it is true on some process."""

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hasten.core.shards import as_replicated, is_sharded, whole
+
 # Measured on a CPU: below, autograd over all rows is as fast. Chunks of fewer rows lose more time
 # to adding to weight's gradient than they gain in the cache.
 _FEW_LOGITS = 1 << 20
@@ -77,6 +79,9 @@ def linear_cross_entropy_sum(
         IndexError or RuntimeError: a target is outside [0, V).
     """
     assert 0 <= label_smoothing <= 1 and softcap >= 0
+    if is_sharded(weight_VD):
+        assert bias_V is None
+        return _shared_loss(hidden_ND, weight_VD, targets_N, label_smoothing, softcap)
     inputs = _Inputs(hidden_ND, weight_VD, bias_V)
     if chunk_rows is None and _is_small(inputs):
         return _small_loss(inputs, targets_N, label_smoothing, softcap)
@@ -98,11 +103,11 @@ def token_accuracy_count(
     A soft-cap keeps the order of the logits, so none is asked for. For the arguments see
     ``linear_cross_entropy_sum``.
     """
-    inputs = _Inputs(hidden_ND, weight_VD, bias_V)
+    inputs = _Inputs(hidden_ND, whole(weight_VD), bias_V)
     hits = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     with torch.no_grad():
         for chunk in _chunks(len(hidden_ND), chunk_rows or _default_chunk_rows(inputs)):
-            logits_CV = F.linear(hidden_ND[chunk], weight_VD, bias_V)
+            logits_CV = F.linear(hidden_ND[chunk], *inputs[1:])
             hits += (logits_CV.argmax(1) == targets_N[chunk]).sum()
     return int(hits)
 
@@ -130,6 +135,36 @@ def _small_loss(
         label_smoothing=label_smoothing,
         ignore_index=_NO_INDEX,
     )
+
+
+def _shared_loss(
+    hidden_ND: Tensor, weight_VD: Any, targets_N: Tensor, label_smoothing: float, softcap: float
+) -> Tensor:
+    """The loss where each process has some of the vocabulary, within ``loss_parallel``.
+
+    torch's has no label smoothing, which is added: with z the logits of a row and y its target,
+    ``e (z_y - mean(z))`` (see ``_chunk_loss``).
+    """
+    if len(targets_N) == 0:
+        return (hidden_ND.sum() * 0).to(_wide(hidden_ND))
+    mesh = weight_VD.device_mesh
+    hidden_ND = as_replicated(hidden_ND, mesh)
+    logits_NV = _capped(F.linear(hidden_ND, weight_VD), softcap)
+    loss = F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=_NO_INDEX)
+    if label_smoothing:
+        rows_ND = as_replicated(F.embedding(as_replicated(targets_N, mesh), weight_VD), mesh)
+        picked = _capped((hidden_ND * rows_ND).sum(1), softcap).sum()
+        loss = loss + label_smoothing * (picked - logits_NV.sum() / logits_NV.shape[1])
+    return whole(loss)
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    logits = logits.to(_wide(logits))
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):

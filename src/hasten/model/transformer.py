@@ -11,7 +11,7 @@ Shapes: N tokens, M tokens of the source, D hidden size, S sequences.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -155,8 +155,20 @@ class Stack(nn.Module):
         x_ND = self.divide(self.enter(x_ND))
         return self.unite(self.leave(self.advance(x_ND, batch, memory_MD)))
 
-    def advance(self, x_ND: Tensor, batch: PackedBatch, memory_MD: Tensor | None = None) -> Tensor:
+    def advance(
+        self,
+        x_ND: Tensor,
+        batch: PackedBatch,
+        memory_MD: Tensor | None = None,
+        blocks: Iterable[nn.Module] | None = None,
+    ) -> Tensor:
         """Runs the blocks that are here; ``recompute`` trades their activations for time.
+
+        Args:
+            x_ND: what goes into the first of them.
+            batch: that it belongs to.
+            memory_MD: encoded source; None without one.
+            blocks: to run instead of all that are here.
 
         Raises:
             UsageError: a sequence is longer than ``max_positions``.
@@ -168,7 +180,7 @@ class Stack(nn.Module):
             memory_MD,
             None if memory_MD is None else batch.source_plan,
         )
-        for block in self.blocks:
+        for block in self.blocks if blocks is None else blocks:
             if self.recompute and self.training:
                 x_ND = checkpoint(block, x_ND, around, use_reentrant=False)  # pyright: ignore
             else:
@@ -284,10 +296,14 @@ class Transformer(nn.Module):
         return self.score(x_ND[: batch.num_tokens - batch.num_filler], batch.unfilled_layout)
 
     @property
+    def stacks(self) -> list[Stack]:
+        """The encoder, the decoder or both."""
+        return [stack for stack in (self.encoder, self.decoder) if stack is not None]
+
+    @property
     def blocks(self) -> list[nn.Module]:
-        """All blocks, the encoder's first: what may be gathered or recomputed one at a time."""
-        stacks = (self.encoder, self.decoder)
-        return [block for stack in stacks if stack is not None for block in stack.blocks]
+        """All blocks, the encoder's first: what may be gathered one at a time."""
+        return [block for stack in self.stacks for block in stack.blocks]
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Returns the embeddings (N, D) of a batch."""
@@ -319,16 +335,15 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.reset_parameters()
-        for stack in (self.encoder, self.decoder):
-            blocks = [] if stack is None else list(stack.blocks)
-            for block in blocks:
+        for stack in self.stacks:
+            for block in stack.blocks:
                 assert isinstance(block, Block)
                 for matrix in _branch_ends(block):
                     if self.config.zero_init_residual:
                         nn.init.zeros_(matrix.weight)
                     else:
                         # Keeps the residual stream's variance independent of depth (GPT-2).
-                        nn.init.normal_(matrix.weight, std=std / (2 * len(blocks)) ** 0.5)
+                        nn.init.normal_(matrix.weight, std=std / (2 * len(stack.blocks)) ** 0.5)
 
 
 _HEADS: dict[str, Callable[[TransformerConfig], nn.Module]] = {

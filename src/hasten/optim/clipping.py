@@ -16,18 +16,34 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import UsageError
-from hasten.core.shards import local_part, whole
+from hasten.core.ranks import ALONE, Ranks
+from hasten.core.shards import is_sharded, local_part, num_shards
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor], ranks: Ranks = ALONE) -> Tensor:
     """Returns the 2-norm of all gradients taken as one vector, 0-dimensional; 0 if there are none.
 
     It is not finite exactly when a gradient is not, overflow of a square aside. Where gradients
     are sharded it is that of all shards, and all processes must ask at once.
+
+    Args:
+        parameters: all those of this process, or of its stage of a pipeline.
+        ranks: the processes among which some of them may be sharded.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return whole(torch.nn.utils.get_total_norm(gradients))
+    if ranks.stage_size == ranks.size and not any(map(is_sharded, gradients)):
+        return torch.nn.utils.get_total_norm(gradients)
+    by_copies: dict[int, list[Tensor]] = {}
+    for gradient in gradients:
+        # How many processes have the same part, each of which brings its share of the square.
+        copies = ranks.stage_size // num_shards(gradient)
+        by_copies.setdefault(copies, []).append(local_part(gradient))
+    squares = [
+        torch.nn.utils.get_total_norm(some).square() / copies for copies, some in by_copies.items()
+    ]
+    own = torch.stack(squares).sum() if squares else torch.zeros(())
+    return ranks.sum(own).sqrt()
 
 
 @torch.no_grad()

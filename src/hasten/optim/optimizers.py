@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.errors import UsageError, nearest
+from hasten.core.shards import local_parts
 from hasten.optim.muon import Muon
 
 NamedParameter = tuple[str, nn.Parameter]
@@ -258,10 +259,12 @@ def build_optimizer(
     torch_groups = [_to_torch_group(group, recipe, weight_decay) for group in groups]
     keywords = {"lr": learning_rate, **recipe.constants, **_settings_to_torch(name, settings)}
     parameters = [parameter for group in torch_groups for _, parameter in group["params"]]
-    if recipe.may_be_fused and _can_fuse(parameters):
+    # torch takes no tensors together that different processes share.
+    is_uniform = len({getattr(p, "device_mesh", None) for p in parameters}) == 1
+    if recipe.may_be_fused and is_uniform and _can_fuse(parameters):
         keywords["fused"] = True
     elif recipe.foreach is not None:
-        keywords["foreach"] = recipe.foreach
+        keywords["foreach"] = recipe.foreach and is_uniform
     optimizer = recipe.torch_class(torch_groups, **keywords)
     if any(group.get(_OUR_DECAY) for group in optimizer.param_groups):
         optimizer.register_step_pre_hook(_apply_decay)
@@ -347,7 +350,7 @@ def _apply_decay(optimizer: torch.optim.Optimizer, args: object, kwargs: object)
         parameters = [p for p in group["params"] if p.grad is not None]
         decay = group["lr"] * group[_OUR_DECAY]
         if decay and parameters:
-            torch._foreach_mul_(parameters, 1 - decay)
+            torch._foreach_mul_(local_parts(parameters), 1 - decay)
 
 
 def _can_fuse(parameters: Iterable[Tensor]) -> bool:

@@ -11,7 +11,7 @@ aligned differently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def flatten_optimizer_state(
             assert isinstance(value, Tensor), f"{key} of {name} is not a tensor"
             tensors[f"{key}/{name}"] = value.detach()
     groups = [
-        {"parameters": list(group["param_names"]), "settings": _settings(group)}
+        {"parameters": sorted(group["param_names"]), "settings": _settings(group)}
         for group in optimizer.param_groups
     ]
     scalars = {
@@ -68,7 +68,7 @@ def load_optimizer_state(
     fused remains this machine's choice. On an error the optimizer is as it was.
 
     Args:
-        optimizer: newly built, over parameters of the same names, shapes and order.
+        optimizer: newly built, over parameters of the same names and shapes.
         tensors: from ``flatten_optimizer_state``, on any device; not kept.
         scalars: from ``flatten_optimizer_state``, possibly through JSON.
 
@@ -104,6 +104,39 @@ def load_optimizer_state(
             group[key] = tuple(value) if isinstance(value, list) else value
 
 
+def merge_optimizer_scalars(
+    of_ranks: Sequence[Mapping[str, Any]], num_tensors: int
+) -> dict[str, Any]:
+    """Returns the scalars of one optimizer of whose weights processes have some each.
+
+    Args:
+        of_ranks: from ``flatten_optimizer_state``, of each process.
+        num_tensors: of all processes together.
+    """
+    first = of_ranks[0]
+    names: list[set[str]] = [set() for _ in first["groups"]]
+    for scalars in of_ranks:
+        for merged, group in zip(names, scalars["groups"], strict=True):
+            merged.update(group["parameters"])
+    groups = [
+        {**group, "parameters": sorted(merged)}
+        for merged, group in zip(names, first["groups"], strict=True)
+    ]
+    return {**first, "groups": groups, "num_tensors": num_tensors}
+
+
+def restrict_optimizer_state(
+    tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], names: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns what of a flattened state is of some parameters."""
+    kept = {full: t for full, t in tensors.items() if full.partition("/")[2] in names}
+    groups = [
+        {**group, "parameters": [name for name in group["parameters"] if name in names]}
+        for group in scalars["groups"]
+    ]
+    return kept, {**scalars, "groups": groups, "num_tensors": len(kept)}
+
+
 def _named(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
@@ -136,11 +169,11 @@ def _check_scalars(
         raise DamagedError(
             f"The saved optimizer state has {len(tensors)} tensors of {scalars['num_tensors']}."
         )
-    saved_names = [list(group["parameters"]) for group in scalars["groups"]]
-    names = [list(group["param_names"]) for group in optimizer.param_groups]
+    saved_names = [sorted(group["parameters"]) for group in scalars["groups"]]
+    names = [sorted(group["param_names"]) for group in optimizer.param_groups]
     if saved_names != names:
         differing = sorted({n for g in saved_names for n in g} ^ {n for g in names for n in g})
-        what = f"'{differing[0]}'" if differing else "their grouping or order"
+        what = f"'{differing[0]}'" if differing else "their grouping"
         raise DamagedError(f"The saved optimizer is of other parameters: {what} differs.")
     for group, saved_group in zip(optimizer.param_groups, scalars["groups"], strict=True):
         unknown = saved_group["settings"].keys() - group.keys()

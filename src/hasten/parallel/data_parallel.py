@@ -9,16 +9,22 @@ Gradients are summed, never averaged: the loss is already divided by what all pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hasten.core.batch import PackedBatch
 from hasten.core.ranks import Ranks
-from hasten.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Computing = Callable[[], AbstractContextManager[Any]]
+LossSum = Callable[[Any, PackedBatch], Tensor]
 
 
 class DataParallel:
@@ -30,9 +36,15 @@ class DataParallel:
 
     Attributes:
         in_step: whether all processes have to run the model equally often.
+        has_loss: whether this process's loss is a summand of the batch's.
+        row_multiple: of which the rows of a micro-batch are made a multiple.
+        computing: surrounds the forward of each micro-batch and its loss.
     """
 
     in_step = False
+    has_loss = True
+    row_multiple = 1
+    computing: Computing = nullcontext
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
@@ -40,6 +52,60 @@ class DataParallel:
     def __call__(self, batch: Any) -> Any:
         """Runs the model for training."""
         return self.model(batch)
+
+    def train_on(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: Callable[[int, Any], Tensor],
+        before_each: Callable[[int, int], None],
+    ) -> Tensor:
+        """Runs forward and backward of all micro-batches of a step.
+
+        Args:
+            batches: the micro-batches of this process.
+            loss: maps the number of a micro-batch and its outputs to a scalar.
+            before_each: is told the numbers of micro-batch and stage before each forward.
+
+        Returns:
+            The sum of losses, without a gradient.
+        """
+        total = torch.zeros((), device=batches[0].token_ids.device)
+        for number, batch in enumerate(batches):
+            before_each(number, 0)
+            with self.accumulating(is_last=number == len(batches) - 1):
+                with self.computing():
+                    one = loss(number, self(batch))
+                one.backward()
+            total = total + one.detach()
+        return total
+
+    def measure_on(
+        self,
+        batches: Iterable[PackedBatch],
+        use: Callable[[Any, PackedBatch], Any],
+        spare: Callable[[], PackedBatch] | None = None,
+    ) -> None:
+        """Runs the model on batches without gradients.
+
+        Args:
+            batches: of this process.
+            use: takes outputs and the batch they are of.
+            spare: makes a batch that counts for nothing, where other processes run one more.
+        """
+        with self.measuring():
+            for batch in batches:
+                use(self.model(batch), batch)
+            if self.in_step and spare is not None:
+                self.model(spare())  # the others cannot do without
+
+    def num_positions(self, batch: PackedBatch) -> tuple[int, int]:
+        """Returns the positions that pass for a batch, in all and within attention."""
+        filled = batch.filled(self.row_multiple)
+        return filled.num_positions, filled.num_attention_positions
+
+    def counted_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that this process, or its stage, counts among all."""
+        return list(self.model.parameters())
 
     @contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
@@ -52,16 +118,27 @@ class DataParallel:
         yield
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Lets each process use the whole model as it likes, without gradients."""
+    def measuring(self) -> Iterator[None]:
+        """Surrounds forwards without a backward."""
         yield
 
-    def settle(self) -> None:
-        """Gives back what running the model without a backward has gathered."""
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """Yields the whole model for each process to use as it likes, without gradients."""
+        yield self.model
+
+    def own_loss(self, loss_sum: LossSum, outputs: Any, batch: PackedBatch) -> Tensor:
+        """Returns this process's summand of the loss of a micro-batch."""
+        return loss_sum(outputs, batch)
 
 
 class Replicated(DataParallel):
-    """Every process has the whole model."""
+    """Every process has the whole model.
+
+    Args:
+        model: the plain model, on its device.
+        ranks: the processes.
+    """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         super().__init__(model, ranks)
@@ -86,24 +163,18 @@ class Sharded(DataParallel):
     Args:
         model: the plain model, on its device; its parameters become sharded ones.
         ranks: the processes.
+        mesh: those of them that share weights, one dimension; with a first one before it, groups
+            of those, each with all weights.
         groups: parts of the model that are gathered together, each when it runs.
     """
 
     in_step = True
 
-    def __init__(self, model: nn.Module, ranks: World, groups: Sequence[nn.Module]) -> None:
-        # Loaded here: it takes a second, which a run of one process need not pay.
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, mesh: DeviceMesh, groups: Sequence[nn.Module]
+    ) -> None:
         super().__init__(model, ranks)
-        mesh = ranks.mesh if ranks.layout.replicate > 1 else ranks.mesh["shard"]
-        self._parts: list[Any] = []
-        for module in (*groups, model):
-            fully_shard(module, mesh=mesh)
-            assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            self._parts.append(module)
+        self._parts: list[Any] = shard(mesh, [*groups, model])
 
     @contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
@@ -114,39 +185,45 @@ class Sharded(DataParallel):
         yield
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def measuring(self) -> Iterator[None]:
+        """See ``DataParallel.measuring``; gathered weights would go stale with the next step."""
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.reshard()
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
         """See ``DataParallel.gathered``; takes the memory of the whole model."""
         for part in self._parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
         try:
-            yield
+            with self.measuring():
+                yield self.model
         finally:
             for part in self._parts:
                 part.set_reshard_after_forward(part is not self._parts[-1], recurse=False)
-            self.settle()
-
-    def settle(self) -> None:
-        """Gives back gathered weights, which would go stale with the next optimizer step."""
-        for part in self._parts:
-            part.reshard()
 
 
-def apply_data_parallel(
-    model: nn.Module, ranks: Ranks, groups: Sequence[nn.Module]
-) -> DataParallel:
-    """Spreads a model over the processes as their layout says.
+def shard(mesh: DeviceMesh, modules: Sequence[nn.Module], *, reshard: bool | None = None) -> Any:
+    """Shards the weights of modules in place; returns them.
 
     Args:
-        model: the plain model, the same on all processes.
-        ranks: the processes.
-        groups: parts of the model that are gathered together where it is sharded.
+        mesh: as for ``Sharded``.
+        modules: each is gathered as one; what one has of an earlier one is that one's.
+        reshard: whether weights are given back after forward; None for all modules but the last.
     """
-    if not isinstance(ranks, World):
-        return DataParallel(model, ranks)
-    if ranks.layout.shard == 1:
-        return Replicated(model, ranks)
-    return Sharded(model, ranks, groups)
+    # Loaded here: it takes a second, which a run of one process need not pay.
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    for module in modules:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return list(modules)
 
 
 def _summed(bucket: Any) -> torch.futures.Future[Tensor]:

@@ -9,6 +9,7 @@ layouts before it starts anything.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from hasten.core.errors import UsageError, nearest
@@ -19,18 +20,34 @@ class Layout:
     """Degrees of the axes.
 
     Attributes:
+        pipeline: processes that hold some blocks each, and pass micro-batches on.
         replicate: groups that hold the whole model, each with its share of a batch.
         shard: processes among which a group's weights, gradients and optimizer state are spread;
             each has its share of a batch too.
+        context: processes that share the tokens of each micro-batch.
+        tensor: processes that share each matrix, and the heads of attention.
     """
 
+    pipeline: int = 1
     replicate: int = 1
     shard: int = 1
+    context: int = 1
+    tensor: int = 1
 
     @property
     def size(self) -> int:
         """Processes in all."""
+        return math.prod(dataclasses.astuple(self))
+
+    @property
+    def num_batch_shares(self) -> int:
+        """Shares that each batch is cut into: groups of processes with examples of their own."""
         return self.replicate * self.shard
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether what a process holds of the weights it holds as a whole."""
+        return self.shard == self.tensor == 1
 
     def __str__(self) -> str:
         """The layout as a person writes it."""

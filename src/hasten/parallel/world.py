@@ -41,6 +41,11 @@ class World(Ranks):
         place: of this one.
         layout: what each is for.
         device_type: cpu or cuda.
+
+    Attributes:
+        weights_mesh: axes ``pipeline``, ``replicate`` and ``shard``, whose processes have examples
+            or rows of their own, and ``tensor``.
+        rows_mesh: axes ``pipeline``, ``share`` (of a batch), ``context`` and ``tensor``.
     """
 
     def __init__(self, place: Place, layout: Layout, device_type: str) -> None:
@@ -48,8 +53,17 @@ class World(Ranks):
 
         self.rank, self.size = place.rank, place.size
         self.place, self.layout = place, layout
-        self.mesh = init_device_mesh(
-            device_type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
+        shares, context, tensor = layout.num_batch_shares, layout.context, layout.tensor
+        # Processes with other examples or other rows are one axis for weights and gradients.
+        self.weights_mesh = init_device_mesh(
+            device_type,
+            (layout.pipeline, layout.replicate, layout.shard * context, tensor),
+            mesh_dim_names=("pipeline", "replicate", "shard", "tensor"),
+        )
+        self.rows_mesh = init_device_mesh(
+            device_type,
+            (layout.pipeline, shares, context, tensor),
+            mesh_dim_names=("pipeline", "share", "context", "tensor"),
         )
         self._device = torch.device(device_type)
         self._store = torch.distributed.distributed_c10d._get_default_store()
@@ -58,6 +72,22 @@ class World(Ranks):
         torch.distributed.broadcast_object_list(main)
         # Processes of other hosts and containers cannot be looked at; the store tells of those.
         self._main_process = main[1] if main[0] == _process_table() else None
+
+    @property
+    def stage_size(self) -> int:
+        """See ``Ranks.stage_size``."""
+        return self.size // self.layout.pipeline
+
+    @property
+    def of_batch(self) -> Ranks:
+        """See ``Ranks.of_batch``."""
+        return _BatchRanks(self)
+
+    @property
+    def speaks_for_share(self) -> bool:
+        """See ``Ranks.speaks_for_share``."""
+        is_last_stage = self.rank // self.stage_size == self.layout.pipeline - 1
+        return is_last_stage and self.rank % (self.layout.context * self.layout.tensor) == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of every process's tensor, on all of them."""
@@ -70,6 +100,22 @@ class World(Ranks):
         found: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(found, value)
         return found
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See ``Ranks.collect``."""
+        is_first = self.rank % self.stage_size == 0
+        facts = {name: (t.shape, t.dtype) for name, t in tensors.items()} if is_first else {}
+        collected = dict(tensors) if self.is_main else {}
+        seen: set[str] = set()
+        for rank, held in enumerate(self.gather(facts)):
+            for name in sorted(held.keys() - seen):
+                if rank and rank == self.rank:
+                    torch.distributed.send(tensors[name], dst=0)
+                elif rank and self.is_main:
+                    collected[name] = torch.empty(held[name][0], dtype=held[name][1])
+                    torch.distributed.recv(collected[name], src=rank)
+            seen |= held.keys()
+        return collected
 
     def any(self, values: Sequence[bool]) -> list[bool]:
         """Returns for each value whether it is true on some process."""
@@ -112,6 +158,38 @@ class World(Ranks):
             return self._store.check([key])
         except (ProcessLookupError, RuntimeError):
             raise LostProcessError(f"rank {self.rank} has lost rank 0 and stops.") from None
+
+
+class _BatchRanks(Ranks):
+    """Processes numbered by the share of a batch that they have."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        layout = world.layout
+        self.rank = world.rank % world.stage_size // (layout.context * layout.tensor)
+        self.size = layout.num_batch_shares
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files and speaks."""
+        return self._world.is_main
+
+    def gather(self, value: T) -> list[T]:
+        """Returns one value for each share, in their order, on all processes."""
+        found = self._world.gather((self._world.speaks_for_share, value))
+        return [one for counts, one in found if counts]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of one tensor for each share, on all processes."""
+        return self._world.sum(tensor if self._world.speaks_for_share else tensor * 0)
+
+    def any(self, values: Sequence[bool]) -> list[bool]:
+        """Returns for each value whether it is true on some process."""
+        return self._world.any(values)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """See ``Ranks.on_main``."""
+        return self._world.on_main(work)
 
 
 def _process_table() -> tuple[str, str]:

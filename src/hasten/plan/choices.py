@@ -18,6 +18,7 @@ from hasten.core.errors import UsageError
 from hasten.optim.optimizers import default_learning_rate, default_settings
 from hasten.parallel.layout import choose_layout
 
+_MICRO_BATCHES_PER_STAGE = 3
 MICRO_BATCH_TOKENS = 8192
 _LITTLE_TEXT = 3_000_000
 _FEW_BITS = 20_000
@@ -120,10 +121,10 @@ def choose_processes(config: RunConfig) -> tuple[RunConfig, list[Choice]]:
     wanted = config.parallel.processes
     layout = choose_layout(config.parallel.layout, None if wanted == "auto" else wanted)
     optimizer = settled(config.optim.optimizer)
-    if layout.shard > 1 and optimizer == "adafactor":
+    if not layout.has_whole_weights and optimizer == "adafactor":
         raise UsageError(
             f"optim.optimizer {optimizer} needs whole rows and columns of a weight, which "
-            f"shard={layout.shard} takes apart: choose another, or replicate."
+            f"{layout} takes apart: choose another, or replicate."
         )
     reason = "one process; --processes starts more" if layout.size == 1 else "whole copies"
     return _apply(
@@ -202,6 +203,20 @@ def _heads(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     yield Choice("model.num_heads", heads, f"{width // heads} dimensions a head")
 
 
+def _micro_batch_tokens(config: RunConfig, chosen_per_step: int) -> Choice:
+    wanted = config.train.tokens_per_step
+    per_step = chosen_per_step if wanted == "auto" else wanted
+    layout = choose_layout(config.parallel.layout, None)
+    if layout.pipeline == 1:
+        reason = "fixed; memory and speed only"
+        return Choice("train.micro_batch_tokens", MICRO_BATCH_TOKENS, reason)
+    # With M micro-batches, P - 1 of M + P - 1 turns of P stages are idle (Huang et al. 2019).
+    num_pieces = _MICRO_BATCHES_PER_STAGE * layout.pipeline * layout.num_batch_shares
+    tokens = min(MICRO_BATCH_TOKENS, -(-per_step // num_pieces))
+    reason = f"{_MICRO_BATCHES_PER_STAGE} for each stage of the pipeline"
+    return Choice("train.micro_batch_tokens", tokens, reason)
+
+
 def _training_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     """Length and rates: little text is passed over more often, until progress ends."""
     tokens = f"{facts.num_tokens:,} training tokens"
@@ -213,8 +228,9 @@ def _training_choices(config: RunConfig, facts: DataFacts) -> Iterator[Choice]:
     largest = (2 if generates else 1) * _STEP_TOKENS
     per_step = min(largest, facts.num_tokens // _MIN_STEPS_PER_EPOCH)
     per_step = 4 * _STEP_TOKENS if facts.num_tokens >= _LITTLE_TEXT else per_step
-    yield Choice("train.tokens_per_step", max(_MIN_STEP_TOKENS, per_step), tokens)
-    yield Choice("train.micro_batch_tokens", MICRO_BATCH_TOKENS, "fixed; memory and speed only")
+    per_step = max(_MIN_STEP_TOKENS, per_step)
+    yield Choice("train.tokens_per_step", per_step, tokens)
+    yield _micro_batch_tokens(config, per_step)
     uses_betas = "betas" in default_settings(name)
     rate = default_learning_rate(name, width)
     if name == "muon":

@@ -27,7 +27,8 @@ from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
 from hasten.optim.optimizers import build_optimizer, parameter_groups, split_parameters
 from hasten.optim.schedules import PlateauSettings, Schedule, build_schedule
-from hasten.parallel.data_parallel import apply_data_parallel
+from hasten.parallel.apply import ParallelSettings, apply_parallel, check_layout
+from hasten.parallel.layout import choose_layout
 from hasten.plan.choices import (
     Choice,
     DataFacts,
@@ -40,6 +41,7 @@ from hasten.task.contract import Task
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer
+from hasten.training.precision import computing_in
 from hasten.training.prepare import PreparedData, prepare_data, with_drawing
 from hasten.training.sources import open_sources, warn_about_rows
 from hasten.training.step import Parts, StepSettings
@@ -108,6 +110,9 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
         observer.note(f"{settings} ({reason})")
     choices += chosen
     config = replace_values(config, {"train.device": device.type, "train.precision": precision})
+    layout = choose_layout(config.parallel.layout, None)
+    model_config = _model_config(config, data.task)
+    check_layout(model_config, layout, config.parallel.schedule)
     return Plan(config, choices, with_drawing(data, config), device)
 
 
@@ -171,7 +176,9 @@ def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALON
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(derive_seed("weights", config.train.seed))
     model = build_model(config, data.task).to(plan.device)
-    parallel = apply_data_parallel(model, ranks, model.blocks)
+    for stack in model.stacks:
+        stack.recompute = config.train.recompute
+    parallel = apply_parallel(model, ranks, _parallel_settings(plan))
     named = list(model.named_parameters())
     decayed, _ = split_parameters(named)
     optimizer = build_optimizer(
@@ -213,12 +220,31 @@ def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALON
     )
 
 
+def _parallel_settings(plan: Plan) -> ParallelSettings:
+    config, splits = plan.config, plan.data.splits
+    precision = settled(config.train.precision)
+    lengths = [int(split.lengths.max()) for split in splits.values() if len(split)]
+    if splits["train"].in_epoch(0) is not splits["train"]:  # drawn anew, maybe longer
+        lengths.append(_model_config(config, plan.data.task).max_positions)
+    return ParallelSettings(
+        device=plan.device,
+        computing=lambda: computing_in(precision, plan.device),
+        schedule=config.parallel.schedule,
+        micro_batch_tokens=max(settled(config.train.micro_batch_tokens), *lengths),
+        length=round(float(splits["train"].lengths.mean())),
+    )
+
+
 def build_model(config: RunConfig, task: Task) -> Transformer:
     """Builds the model with freshly drawn weights."""
+    return Transformer.from_config(_model_config(config, task))
+
+
+def _model_config(config: RunConfig, task: Task) -> TransformerConfig:
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     options = {n: v for n, v in config.model.model_dump().items() if n in fields}
     decided = {"architecture": task.architecture, **task.model_options()}
-    return Transformer.from_config(TransformerConfig(**options | decided))
+    return TransformerConfig(**options | decided)
 
 
 def _build_schedule(plan: Plan) -> Schedule:

@@ -103,9 +103,9 @@ def gather_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Ten
     gathered: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         one = whole(tensor)
-        if ranks.is_main:
-            gathered[name] = one.detach().cpu()
-    return gathered
+        if ranks.rank % ranks.stage_size == 0:
+            gathered[name] = one.detach().cpu().contiguous()
+    return gathered if ranks.stage_size == ranks.size else ranks.collect(gathered)
 
 
 def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -52,19 +52,19 @@ def measure(
             of them get the whole count.
         parallel: how the model is spread over them; None where each has it to itself.
     """
-    meter, was_training, ranks = task.new_meter(examples), model.training, machine.ranks
+    parallel = parallel or DataParallel(model, machine.ranks)
+    meter, was_training, ranks = task.new_meter(examples), model.training, machine.ranks.of_batch
     model.eval()
     pieces = cut_micro_batches(np.arange(len(examples)), examples.lengths, machine.batch_tokens)
     own = list(ranks.share(pieces))
-    for piece in own:
-        batch = examples.pack(piece).to(machine.device)
-        meter.update(model(batch), batch)
-    if parallel is not None:
-        if parallel.in_step and len(own) < -(-len(pieces) // ranks.size):
-            model(examples.pack(pieces[0]).to(machine.device))  # the others cannot do without
-        parallel.settle()
+    is_short = len(own) < -(-len(pieces) // ranks.size)
+    parallel.measure_on(
+        (examples.pack(piece).to(machine.device) for piece in own),
+        meter.update,
+        (lambda: examples.pack(pieces[0]).to(machine.device)) if is_short else None,
+    )
     model.train(was_training)
-    return meter if ranks.size == 1 else meter.merged(ranks.gather(meter.state()))
+    return meter if machine.ranks.size == 1 else meter.merged(ranks.gather(meter.state()))
 
 
 def evaluate(
@@ -98,8 +98,9 @@ def evaluate(
         decoded = DecodedSample()
         if decoding is not None and limit != 0:
             model.eval()
-            with nullcontext() if parallel is None else parallel.gathered():
-                decoded = task.decode(model, examples, machine, decoding, limit)
+            with (parallel or DataParallel(model, machine.ranks)).gathered() as one:
+                assert isinstance(one, Transformer)
+                decoded = task.decode(one, examples, machine, decoding, limit)
             model.train(was_training)
     num_tokens = int(examples.lengths.sum())
     metrics = {

@@ -60,14 +60,16 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
         result["baselines"] = ranks.on_main(
             lambda: data.task.baselines(data.splits["train"], judged, loop.observer.note)
         )
-    result["training"] = _training_facts(loop, plan)
+    result["training"] = {
+        "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        **_training_facts(loop, plan),
+    }
     return result
 
 
 def _training_facts(loop: Loop, plan: Plan) -> dict[str, Any]:
     state = loop.state
     return {
-        "num_parameters": sum(p.numel() for p in loop.parts.model.parameters()),
         "steps": state.step,
         "epochs": state.step / plan.steps_per_epoch,
         "best_step": state.best_step,

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,12 @@ from hasten.core.shards import is_sharded, placed_like
 from hasten.data.examples import Examples
 from hasten.data.order import plan_epoch, steps_per_epoch
 from hasten.model.search import DecodingSettings
-from hasten.optim.state import flatten_optimizer_state, load_optimizer_state
+from hasten.optim.state import (
+    flatten_optimizer_state,
+    load_optimizer_state,
+    merge_optimizer_scalars,
+    restrict_optimizer_state,
+)
 from hasten.task.contract import Machine, Meter
 from hasten.training.checkpoint import (
     Checkpoint,
@@ -119,6 +125,8 @@ class Loop:
         if checkpoint is None:
             return 0
         tensors, scalars = checkpoint.tensors, checkpoint.scalars
+        if self._is_stage:
+            tensors, scalars = self._of_stage(tensors, scalars)
         copy_into(self.parts.model, tensors["model"], "the checkpoint")
         load_optimizer_state(self.parts.optimizer, tensors["optimizer"], scalars["optimizer"])
         self.parts.schedule.load_state_dict(scalars["schedule"])
@@ -131,6 +139,27 @@ class Loop:
         self.state = TrainState.from_dict(scalars["state"])
         self.pace.load(tensors["pace"], with_meter=self.parts.parallel.ranks.is_main)
         return int(scalars["metrics_bytes"])
+
+    @property
+    def _is_stage(self) -> bool:
+        """Whether this process has only some of the weights."""
+        ranks = self.parts.parallel.ranks
+        return ranks.stage_size < ranks.size
+
+    def _of_stage(
+        self, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, Any]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Returns what of a checkpoint this process's stage needs."""
+        own = self.parts.model.state_dict().keys()
+        kept = {
+            group: {name: t for name, t in some.items() if name in own}
+            for group, some in tensors.items()
+        }
+        kept["pace"] = tensors["pace"]
+        kept["optimizer"], optimizer = restrict_optimizer_state(
+            tensors["optimizer"], scalars["optimizer"], own
+        )
+        return kept, {**scalars, "optimizer": optimizer}
 
     def run(self, log: MetricsLog) -> None:
         """Trains to the end.
@@ -219,6 +248,10 @@ class Loop:
             "metrics_bytes": log.length(),
         }
         tensors = {group: gather_tensors(some, ranks) for group, some in tensors.items()}
+        if self._is_stage:
+            scalars["optimizer"] = merge_optimizer_scalars(
+                ranks.gather(optimizer_scalars), len(tensors["optimizer"])
+            )
         checkpoint = Checkpoint(tensors, scalars)
         ranks.on_main(
             lambda: save_checkpoint(self.folder / "checkpoints", self.state.step, checkpoint)
@@ -346,9 +379,9 @@ class Pace:
 
     def merged_meter(self, ranks: Ranks) -> Meter:
         """Returns a meter of what all processes counted; this one's own is used up."""
-        return (
-            self.meter if ranks.size == 1 else self.meter.merged(ranks.gather(self.meter.state()))
-        )
+        if ranks.size == 1:
+            return self.meter
+        return self.meter.merged(ranks.of_batch.gather(self.meter.state()))
 
     def tensors(self, ranks: Ranks) -> dict[str, Tensor]:
         """Returns everything as tensors, of all processes together."""

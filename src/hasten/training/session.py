@@ -244,7 +244,7 @@ def _out_of_memory(config: RunConfig) -> OutOfMemoryError:
     return OutOfMemoryError(
         "not enough memory for a micro-batch of "
         f"{config.train.micro_batch_tokens} tokens; try a smaller --train.micro_batch_tokens (the "
-        "result stays the same) or a smaller model (--preset tiny)."
+        "result stays the same), --train.recompute true (so does it) or --preset tiny."
     )
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hasten.core.batch import PackedBatch
 from hasten.core.seeds import derive_seed
 from hasten.data.examples import Examples
 from hasten.data.order import deal_micro_batches
@@ -30,7 +29,6 @@ from hasten.optim.penalties import add_penalty_gradients_
 from hasten.optim.schedules import Schedule
 from hasten.parallel.data_parallel import DataParallel
 from hasten.task.contract import Meter, Task
-from hasten.training.precision import computing_in
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def run_step(
         scale_gradients_(parameters, 1 / loss_scale)
     if settings.l1 or settings.l2:
         add_penalty_gradients_(parts.penalised, l1=settings.l1, l2=settings.l2)
-    norm = gradient_norm(parameters)
+    norm = gradient_norm(parts.parallel.counted_parameters(), parts.parallel.ranks)
     rate = settings.learning_rate * parts.schedule.factor(step)
     loss, num_positions, num_attention_positions, norm_value = [*sums.tolist(), norm.item()]
     is_finite = math.isfinite(loss) and math.isfinite(norm_value)
@@ -156,53 +154,41 @@ def _run_micro_batches(
     Returns:
         (3,) float64, of this process's micro-batches: loss, positions, positions in attention.
     """
-    settings, ranks = parts.settings, parts.parallel.ranks
+    settings, parallel = parts.settings, parts.parallel
+    ranks = parallel.ranks.of_batch
     weight = float(split.weights[examples].sum())
-    loss = torch.zeros((), device=parts.device)
-    num_positions = num_attention_positions = 0
     rounds = deal_micro_batches(examples, split.lengths, settings.micro_batch_tokens, ranks.size)
-    for number, pieces in enumerate(rounds):
-        piece = pieces[ranks.rank]
-        # A process without examples runs one that counts for nothing: all have to take part.
-        batch = split.pack(piece if len(piece) else examples[:1], weight).to(parts.device)
+    pieces = [of_ranks[ranks.rank] for of_ranks in rounds]
+    # A process without examples runs one that counts for nothing: all have to take part.
+    batches = [
+        split.pack(piece if len(piece) else examples[:1], weight).to(parts.device)
+        for piece in pieces
+    ]
+
+    def seed_dropout(number: int, stage: int) -> None:
         draw = number * ranks.size + ranks.rank
-        torch.manual_seed(derive_seed("dropout", settings.seed, step, draw))
-        with parts.parallel.accumulating(is_last=number == len(rounds) - 1):
-            counts = len(piece) > 0
-            loss = loss + _accumulate(parts, batch, meter, counts, loss_scale)
-        num_positions += batch.num_positions
-        num_attention_positions += batch.num_attention_positions
-    return torch.stack(
+        place = (step, draw, stage) if stage else (step, draw)
+        torch.manual_seed(derive_seed("dropout", settings.seed, *place))
+
+    def scaled_loss(number: int, outputs: Any) -> Tensor:
+        counts, batch = len(pieces[number]) > 0, batches[number]
+        outputs = _widened(outputs)
+        share = parallel.own_loss(parts.task.loss_sum, outputs, batch) / batch.weight
+        if meter is not None and counts and parallel.ranks.speaks_for_share:
+            with torch.no_grad():
+                meter.update(_detached(outputs), batch)
+        share = share if counts else share * 0
+        return share if loss_scale == 1 else share * loss_scale
+
+    loss = parallel.train_on(batches, scaled_loss, seed_dropout)
+    positions = [parallel.num_positions(batch) for batch in batches]
+    return torch.tensor(
         [
-            loss.double(),
-            loss.new_tensor(num_positions, dtype=torch.float64),
-            loss.new_tensor(num_attention_positions, dtype=torch.float64),
-        ]
+            loss.double().item() / loss_scale * parallel.has_loss,
+            *(sum(n) * parallel.ranks.speaks_for_share for n in zip(*positions, strict=True)),
+        ],
+        dtype=torch.float64,
     )
-
-
-def _accumulate(
-    parts: Parts, batch: PackedBatch, meter: Meter | None, counts: bool, loss_scale: float
-) -> Tensor:
-    """Adds one micro-batch's gradients; returns its share of the step's loss.
-
-    Args:
-        parts: of the run.
-        batch: the micro-batch.
-        meter: as in ``run_step``.
-        counts: False where the micro-batch only keeps step with other processes.
-        loss_scale: as in ``run_step``.
-    """
-    with computing_in(parts.settings.precision, parts.device):
-        outputs = _widened(parts.parallel(batch))
-        share = parts.task.loss_sum(outputs, batch) / batch.weight
-    if not counts:
-        share = share * 0
-    (share if loss_scale == 1 else share * loss_scale).backward()
-    if meter is not None and counts:
-        with torch.no_grad():
-            meter.update(_detached(outputs), batch)
-    return share.detach()
 
 
 def _widened(outputs: Any) -> Any:
