@@ -170,10 +170,11 @@ def extra_positions(loop: Loop, train: Examples, examples: np.ndarray) -> int:
         parts.parallel.ranks.of_batch.size,
     )
     extra = 0
-    for piece in (piece for pieces in rounds for piece in pieces):
-        batch = train.pack(piece if len(piece) else examples[:1])
-        extra += parts.parallel.num_positions(batch)[0]
-        extra -= batch.num_positions if len(piece) else 0
+    for pieces in zip(*rounds, strict=True):
+        batches = [train.pack(piece if len(piece) else examples[:1]) for piece in pieces]
+        extra += sum(batch.num_positions for batch in parts.parallel.filled(batches))
+        real = [train.pack(piece) for piece in pieces if len(piece)]
+        extra -= sum(batch.num_positions for batch in real)
     return extra
 
 

@@ -49,7 +49,7 @@ def test_a_layout_is_read_as_it_is_written(layout: Layout):
         ({"num_heads": 4, "num_kv_heads": 2}, "tensor=4", "the 2 key/value heads: 1, 2 would"),
         ({"feed_forward_size": 75}, "tensor=2", "--model.feed_forward_size 74 would fit"),
         ({"stochastic_depth": 0.1}, "context=2", "stochastic_depth does not go with"),
-        ({"num_layers": 3}, "pipeline=4", "3 stages or fewer would fit"),
+        ({"num_layers": 3}, "pipeline=4", "--model.num_layers 4 would fit"),
         ({"architecture": "encoder_decoder"}, "pipeline=2", "encoder_decoder cannot be cut"),
     ],
 )

@@ -182,7 +182,11 @@ class Stack(nn.Module):
         )
         for block in self.blocks if blocks is None else blocks:
             if self.recompute and self.training:
-                x_ND = checkpoint(block, x_ND, around, use_reentrant=False)  # pyright: ignore
+                # Stopping early would leave the block's last collective without a wait for it, and
+                # torch holds its tensors until there is one.
+                x_ND = checkpoint(  # pyright: ignore[reportAssignmentType]
+                    block, x_ND, around, use_reentrant=False, early_stop=False
+                )
             else:
                 x_ND = block(x_ND, around)
         return x_ND

@@ -46,7 +46,7 @@ class ParallelSettings:
         device: of this process.
         computing: surrounds the forward of each micro-batch and its loss.
         schedule: by which a pipeline works.
-        micro_batch_tokens: most tokens of a micro-batch, a long example alone included.
+        micro_batch_tokens: most tokens of a micro-batch, but for a long example alone.
         length: tokens of a typical sequence.
     """
 

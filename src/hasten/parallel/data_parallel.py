@@ -98,10 +98,9 @@ class DataParallel:
             if self.in_step and spare is not None:
                 self.model(spare())  # the others cannot do without
 
-    def num_positions(self, batch: PackedBatch) -> tuple[int, int]:
-        """Returns the positions that pass for a batch, in all and within attention."""
-        filled = batch.filled(self.row_multiple)
-        return filled.num_positions, filled.num_attention_positions
+    def filled(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """Returns the micro-batches of a step as they pass through the model, with filler."""
+        return [batch.filled(self.row_multiple) for batch in batches]
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that this process, or its stage, counts among all."""
@@ -142,7 +141,9 @@ class Replicated(DataParallel):
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         super().__init__(model, ranks)
-        self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._wrapped = DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         # It looks for annotations, which are texts in this file, so that it gets a lambda.
         self._wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket))
 

@@ -4,9 +4,9 @@
                              <-gradient--         <--
 
 The engine is ``torch.distributed.pipelining``: it decides who works on which micro-batch when, and
-sends. It wants hidden states of one shape, so that each micro-batch is filled up to the same number
-of tokens. Where a schedule takes only some numbers of micro-batches, empty ones are added: they are
-all filler and count for nothing.
+sends. It wants hidden states of one shape, so that the micro-batches of a step are filled up to the
+same number of tokens. Where a schedule takes only some numbers of micro-batches, empty ones are
+added: they are all filler and count for nothing.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Pipeline:
         schedule: in which order they work.
         group: the processes of this pipeline, as a ``ProcessGroup`` or a ``DeviceMesh`` of one
             axis; the n-th of them has the stages that ``cut_model`` gave to rank n.
-        num_tokens: N of each micro-batch, filled up; none may have more.
+        num_tokens: N that micro-batches are filled up to; twice that, or four times, and so on,
+            in a step with a longer one.
         device: of this process.
         num_shares: among how many processes ``Stack.divide`` divides the rows of a stream.
         computing: surrounds each forward of ``step``, as ``torch.autocast`` does.
 
     Attributes:
-        num_tokens: N, rounded up to the model's ``row_multiple``.
         has_first: whether this process has the first stage.
         has_last: whether this process has the last stage.
     """
@@ -63,34 +63,18 @@ class Pipeline:
         num_shares: int = 1,
         computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        # Loaded here: it takes a second, which a run without a pipeline need not pay.
-        from torch.distributed.pipelining import PipelineStage
-
         logging.getLogger(_TORCH_LOGGER).setLevel(logging.CRITICAL)
         self.model, self.stages, self.schedule = model, list(stages), schedule
-        self.num_tokens = -(-num_tokens // model.row_multiple) * model.row_multiple
+        self._least_tokens, self._num_shares = max(1, num_tokens), num_shares
         self.has_first = self.stages[0].is_first
         self.has_last = self.stages[-1].is_last
         self._device = device
         self._group = group.get_group() if hasattr(group, "get_group") else group
         self._size = torch.distributed.get_world_size(self._group)
-        dtype = next(model.parameters()).dtype
-        shape = (self.num_tokens // num_shares, model.config.hidden_size)
-        hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-        self._engines = [
-            PipelineStage(
-                stage,
-                stage.number,
-                stage.num_stages,
-                device,
-                input_args=() if stage.is_first else hidden,
-                output_args=hidden,
-                group=self._group,
-            )
-            for stage in self.stages
-        ]
+        self._dtype = next(model.parameters()).dtype
         self._computing = computing
-        self._schedules: dict[tuple[bool, int], Any] = {}
+        self._engines: dict[int, list[Any]] = {}
+        self._schedules: dict[tuple[bool, int, int], Any] = {}
         self._tied = self._tied_weight()
         self._ends = self._group_of_ends() if self._tied is not None else None
 
@@ -122,10 +106,12 @@ class Pipeline:
         losses: list[Tensor] = []
         before = self._take_tied_gradient()
         count = max(len(batches), at_least)
-        engine, indices = self._engine_for(count, trains=True)
-        work = self._work_for(batches, len(indices), loss, is_loss=True)
+        num_tokens = self.num_tokens_for(batches)
+        engine, indices = self._engine_for(count, num_tokens, trains=True)
+        work = self._work_for(batches, len(indices), num_tokens, loss)
+        work.is_loss = True
         work.before_each, work.computing = before_each, self._computing
-        with self._working(work):
+        with self._working(work, num_tokens):
             target = indices if self.has_last else None
             engine.step(index=indices, target=target, losses=losses, return_outputs=False)
         settle_gradients(self.model)
@@ -157,11 +143,19 @@ class Pipeline:
         Returns:
             What came of each on the process with the last stage, else None.
         """
-        engine, indices = self._engine_for(max(len(batches), at_least), trains=False)
-        work = self._work_for(batches, len(indices), use or _outputs, is_loss=False)
-        with self._working(work):
+        num_tokens = self.num_tokens_for(batches)
+        engine, indices = self._engine_for(max(len(batches), at_least), num_tokens, trains=False)
+        work = self._work_for(batches, len(indices), num_tokens, use or _outputs)
+        with self._working(work, num_tokens):
             engine.step(index=indices, return_outputs=False)
         return [work.results[i] for i in range(len(batches))] if self.has_last else None
+
+    def num_tokens_for(self, batches: Sequence[PackedBatch]) -> int:
+        """Returns N, which each of these micro-batches is filled up to."""
+        wanted, num_tokens = max((b.num_tokens for b in batches), default=0), self._least_tokens
+        while num_tokens < wanted:
+            num_tokens *= 2
+        return -(-num_tokens // self.model.row_multiple) * self.model.row_multiple
 
     def owned_names(self) -> list[str]:
         """Returns the names of the parameters that this process speaks for.
@@ -177,33 +171,26 @@ class Pipeline:
         self,
         batches: Sequence[PackedBatch],
         count: int,
+        num_tokens: int,
         use: Callable[[Any, PackedBatch], Any],
-        *,
-        is_loss: bool,
     ) -> StageWork:
         """Returns what the stages work on: the batches, and empty ones up to ``count``."""
         given = list(batches)
         assert not any(batch.num_filler for batch in given), "micro-batches are filled here"
-        longest = max((batch.num_tokens for batch in given), default=0)
-        assert longest <= self.num_tokens, f"{longest} tokens, and there is room for less"
-        filled = [self._filled(batch) for batch in given]
         if missing := count - len(given):
-            empty = empty_batch(self._device)
-            given += [empty] * missing
-            filled += [self._filled(empty)] * missing
-        return StageWork(given, filled, len(batches), use, is_loss)
-
-    def _filled(self, batch: PackedBatch) -> PackedBatch:
-        return batch.filled(self.model.row_multiple, self.num_tokens)
+            given += [empty_batch(self._device)] * missing
+        filled = [batch.filled(self.model.row_multiple, num_tokens) for batch in given]
+        return StageWork(given, filled, len(batches), use)
 
     @contextmanager
-    def _working(self, work: StageWork) -> Iterator[None]:
+    def _working(self, work: StageWork, num_tokens: int) -> Iterator[None]:
         """Gives the stages their work for the time of a ``with`` block.
 
         Raises:
             Exception: that a stage has raised, which torch wraps.
         """
-        for stage, own in zip(self.stages, self._engines, strict=True):
+        engines = self._engines[num_tokens]
+        for stage, own in zip(self.stages, engines, strict=True):
             stage.work = work
             # Torch sets it when a schedule begins; here schedules of several lengths share stages.
             own.chunks = len(work.batches)
@@ -215,11 +202,33 @@ class Pipeline:
                 raise
             raise error.__cause__ from None
         finally:
-            for stage, own in zip(self.stages, self._engines, strict=True):
+            for stage, own in zip(self.stages, engines, strict=True):
                 stage.work = None
                 own.clear_runtime_states()
 
-    def _engine_for(self, count: int, *, trains: bool) -> tuple[Any, Tensor]:
+    def _engines_for(self, num_tokens: int) -> list[Any]:
+        """Returns torch's stages for micro-batches of so many tokens."""
+        # Loaded here: it takes a second, which a run without a pipeline need not pay.
+        from torch.distributed.pipelining import PipelineStage
+
+        if num_tokens not in self._engines:
+            shape = (num_tokens // self._num_shares, self.model.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
+            self._engines[num_tokens] = [
+                PipelineStage(
+                    stage,
+                    stage.number,
+                    stage.num_stages,
+                    self._device,
+                    input_args=() if stage.is_first else hidden,
+                    output_args=hidden,
+                    group=self._group,
+                )
+                for stage in self.stages
+            ]
+        return self._engines[num_tokens]
+
+    def _engine_for(self, count: int, num_tokens: int, *, trains: bool) -> tuple[Any, Tensor]:
         """Returns torch's schedule for at least so many micro-batches, and the numbers of all.
 
         One is made for each number, since torch fixes it; the stages, and with them the memory for
@@ -235,14 +244,16 @@ class Pipeline:
             # Without a loss nothing goes back, and stages run all micro-batches in turn. The
             # schedules that split the backward pass have no other way to run without.
             name, several, count = "GPipe" if is_one else "LoopedBFS", not is_one, max(count, 1)
-        if (trains, count) not in self._schedules:
-            self._schedules[trains, count] = get_schedule_class(name)(
-                self._engines if several else self._engines[0],  # pyright: ignore
+        key = trains, count, num_tokens
+        engines = self._engines_for(num_tokens)
+        if key not in self._schedules:
+            self._schedules[key] = get_schedule_class(name)(
+                engines if several else engines[0],  # pyright: ignore
                 count,
                 loss_fn=_itself if trains else None,
                 scale_grads=False,
             )
-        return self._schedules[trains, count], torch.arange(count)
+        return self._schedules[key], torch.arange(count)
 
     def _tied_weight(self) -> nn.Parameter | None:
         """Returns the weight that another process holds as well."""

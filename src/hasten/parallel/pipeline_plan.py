@@ -118,7 +118,7 @@ def cut_blocks(
     if count < num_stages:
         raise UsageError(
             f"{num_stages} pipeline stages need as many blocks, and the model has {count}: "
-            f"{count} stages or fewer would fit."
+            f"--model.num_layers {num_stages} would fit."
         )
     upto = list(accumulate(costs, initial=0.0))
 

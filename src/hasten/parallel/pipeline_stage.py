@@ -44,7 +44,7 @@ class StageWork:
     filled: list[PackedBatch]
     num_given: int
     use: Callable[[Any, PackedBatch], Any]
-    is_loss: bool
+    is_loss: bool = False
     before_each: Callable[[int, int], None] | None = None
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
     results: dict[int, Any] = field(default_factory=dict)

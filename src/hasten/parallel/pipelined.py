@@ -77,10 +77,10 @@ class Pipelined(DividedRows):
             if is_short:
                 self._pipeline.forward([], use, at_least=1)
 
-    def num_positions(self, batch: PackedBatch) -> tuple[int, int]:
-        """See ``DataParallel.num_positions``."""
-        filled = batch.filled(self.row_multiple, self._pipeline.num_tokens)
-        return filled.num_positions, filled.num_attention_positions
+    def filled(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """See ``DataParallel.filled``."""
+        num_tokens = self._pipeline.num_tokens_for(batches)
+        return [batch.filled(self.row_multiple, num_tokens) for batch in batches]
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """See ``DataParallel.counted_parameters``; a tied weight is the first stage's."""

@@ -60,7 +60,6 @@ class HeldModel:
         has_embedding: whether the embedding is here; where there is no pipeline it always is.
         has_head: whether the head is here.
         num_stages: of a pipeline's process, else 1.
-        num_table_elements: elements of tables of positions, which are not trained.
     """
 
     weights: tuple[HeldWeight, ...]
@@ -68,7 +67,6 @@ class HeldModel:
     has_embedding: bool
     has_head: bool
     num_stages: int
-    num_table_elements: int
 
 
 def padded_size(shape: tuple[int, ...], num_parts: int, dim: int = 0) -> int:
@@ -94,7 +92,6 @@ def held_model(
         model = Transformer.from_config(config)
     roles = declare_roles(model)
     own, first, last, stages = _own_blocks(config, layout, schedule, stage_rank)
-    tables = sum(table.numel() for table in model.buffers())
     weights, num_blocks = [], [0, 0]
     for number, stack in enumerate((model.encoder, model.decoder)):
         blocks = 0 if stack is None else len(stack.blocks)
@@ -112,7 +109,7 @@ def held_model(
         weights.append(
             HeldWeight(name, tuple(shape), tuple(parameter.shape), dim, block, role in _NORMS)
         )
-    return HeldModel(tuple(weights), (num_blocks[0], num_blocks[1]), first, last, stages, tables)
+    return HeldModel(tuple(weights), (num_blocks[0], num_blocks[1]), first, last, stages)
 
 
 def _split_dim(role: Role | None, kind: str) -> int | None:

@@ -126,7 +126,9 @@ def choose_processes(config: RunConfig) -> tuple[RunConfig, list[Choice]]:
             f"optim.optimizer {optimizer} needs whole rows and columns of a weight, which "
             f"{layout} takes apart: choose another, or replicate."
         )
-    reason = "one process; --processes starts more" if layout.size == 1 else "whole copies"
+    reason = f"as --parallel {layout} says"
+    if config.parallel.layout == "auto":
+        reason = "one process; --processes starts more" if layout.size == 1 else "whole copies"
     return _apply(
         config,
         (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ from hasten.optim.averaging import WeightAverage
 from hasten.optim.optimizers import build_optimizer, parameter_groups, split_parameters
 from hasten.optim.schedules import PlateauSettings, Schedule, build_schedule
 from hasten.parallel.apply import ParallelSettings, apply_parallel, check_layout
-from hasten.parallel.layout import choose_layout
+from hasten.parallel.layout import Layout, choose_layout
+from hasten.parallel.traffic import StepShape, describe_traffic, step_traffic
 from hasten.plan.choices import (
     Choice,
     DataFacts,
@@ -113,7 +115,28 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
     layout = choose_layout(config.parallel.layout, None)
     model_config = _model_config(config, data.task)
     check_layout(model_config, layout, config.parallel.schedule)
+    if layout.size > 1:
+        observer.note(_described_traffic(config, model_config, layout))
     return Plan(config, choices, with_drawing(data, config), device)
+
+
+def _described_traffic(config: RunConfig, model: TransformerConfig, layout: Layout) -> str:
+    """Returns what a process sends in a step of average size."""
+    own_tokens = settled(config.train.tokens_per_step) / layout.num_batch_shares
+    pieces = math.ceil(own_tokens / settled(config.train.micro_batch_tokens))
+    has_source = model.architecture == "encoder_decoder"
+    tokens = math.ceil(own_tokens / pieces / (1 + has_source))
+    shape = StepShape(
+        tokens=tokens,
+        num_micro_batches=pieces,
+        source_tokens=tokens * has_source,
+        product_bytes=4 if config.train.precision == "float32" else 2,
+        recompute=config.train.recompute,
+        smooths_labels=bool(settled(config.train.label_smoothing)),
+        optimizer=settled(config.optim.optimizer),
+        schedule=config.parallel.schedule,
+    )
+    return describe_traffic(step_traffic(model, layout, shape))
 
 
 def _check_evaluation(config: RunConfig, task: type[Task]) -> None:
@@ -221,17 +244,14 @@ def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALON
 
 
 def _parallel_settings(plan: Plan) -> ParallelSettings:
-    config, splits = plan.config, plan.data.splits
+    config = plan.config
     precision = settled(config.train.precision)
-    lengths = [int(split.lengths.max()) for split in splits.values() if len(split)]
-    if splits["train"].in_epoch(0) is not splits["train"]:  # drawn anew, maybe longer
-        lengths.append(_model_config(config, plan.data.task).max_positions)
     return ParallelSettings(
         device=plan.device,
         computing=lambda: computing_in(precision, plan.device),
         schedule=config.parallel.schedule,
-        micro_batch_tokens=max(settled(config.train.micro_batch_tokens), *lengths),
-        length=round(float(splits["train"].lengths.mean())),
+        micro_batch_tokens=settled(config.train.micro_batch_tokens),
+        length=round(float(plan.data.splits["train"].lengths.mean())),
     )
 
 

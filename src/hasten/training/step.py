@@ -181,11 +181,12 @@ def _run_micro_batches(
         return share if loss_scale == 1 else share * loss_scale
 
     loss = parallel.train_on(batches, scaled_loss, seed_dropout)
-    positions = [parallel.num_positions(batch) for batch in batches]
+    filled, speaks = parallel.filled(batches), parallel.ranks.speaks_for_share
     return torch.tensor(
         [
             loss.double().item() / loss_scale * parallel.has_loss,
-            *(sum(n) * parallel.ranks.speaks_for_share for n in zip(*positions, strict=True)),
+            sum(batch.num_positions for batch in filled) * speaks,
+            sum(batch.num_attention_positions for batch in filled) * speaks,
         ],
         dtype=torch.float64,
     )
