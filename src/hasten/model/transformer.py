@@ -297,7 +297,9 @@ class Transformer(nn.Module):
         else:
             memory_MD = None if batch.source is None else self.encode(batch.source)
             x_ND = self.decoder(x_ND, batch, memory_MD)
-        return self.score(x_ND[: batch.num_tokens - batch.num_filler], batch.unfilled_layout)
+        if batch.num_filler:
+            x_ND = x_ND[: batch.num_tokens - batch.num_filler]
+        return self.score(x_ND, batch.unfilled_layout)
 
     @property
     def stacks(self) -> list[Stack]:

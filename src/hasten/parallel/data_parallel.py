@@ -9,6 +9,7 @@ Gradients are summed, never averaged: the loss is already divided by what all pr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -141,9 +142,12 @@ class Replicated(DataParallel):
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         super().__init__(model, ranks)
-        self._wrapped = DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 has a new name for it, which 2.11 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            self._wrapped = DistributedDataParallel(
+                model, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         # It looks for annotations, which are texts in this file, so that it gets a lambda.
         self._wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket))
 

@@ -13,16 +13,20 @@ import torch
 from hasten.core.errors import MachineError, UsageError, nearest
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_KEEP_BYTES = 1 << 30
+_KEEP_BYTES, _RETURN_BYTES = 1 << 30, 1 << 20
 _DEVICES = ("auto", "cpu", "cuda")
 
 
-def keep_freed_memory() -> bool:
-    """Tells glibc to keep large freed blocks instead of returning them to the kernel.
+def choose_allocation(*, saves_memory: bool = False) -> bool:
+    """Tells glibc whether to keep large freed blocks or to return them to the kernel.
 
     A training step frees and allocates the same large blocks; handing them back costs a page
-    fault for every 4 KiB, a quarter of a step or more. Linux with glibc only; elsewhere this does
-    nothing.
+    fault for every 4 KiB, a quarter of a step or more. Where weights are gathered and given back
+    block by block, keeping them costs several times the memory that sharding has saved. Linux with
+    glibc only; elsewhere this does nothing.
+
+    Args:
+        saves_memory: whether blocks are returned.
 
     Returns:
         Whether it took effect.
@@ -30,9 +34,9 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
+    threshold = _RETURN_BYTES if saves_memory else _KEEP_BYTES
     return bool(
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-        and libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, threshold) and libc.mallopt(_M_TRIM_THRESHOLD, threshold)
     )
 
 

@@ -26,7 +26,7 @@ from hasten.core.ranks import Ranks
 from hasten.data.cache import clear_leftovers, folder_for_stdin
 from hasten.data.rows import spool_standard_input
 from hasten.parallel.heartbeat import beating
-from hasten.parallel.layout import Layout
+from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.place import find_place
 from hasten.parallel.world import World, joined
 from hasten.training.build import Plan, available_cores, build_loop, plan_run
@@ -41,7 +41,7 @@ from hasten.training.folder import (
     write_result,
 )
 from hasten.training.loop import Interrupted, Loop
-from hasten.training.machine import choose_device, keep_freed_memory
+from hasten.training.machine import choose_allocation, choose_device
 from hasten.training.observe import MetricsLog, NoLog, Observer, Silent
 from hasten.training.prepare import prepare_data, with_drawing
 from hasten.training.saved import load_tokenizers
@@ -222,7 +222,8 @@ def _joined(config: RunConfig) -> Iterator[Ranks]:
 @contextmanager
 def _computing(config: RunConfig) -> Iterator[None]:
     """Sets threads and the allocator, keeps the caller's random state, names lack of memory."""
-    keep_freed_memory()
+    layout = choose_layout(config.parallel.layout, None)
+    choose_allocation(saves_memory=not layout.has_whole_weights)
     clear_leftovers()
     threads = config.train.num_threads
     before = torch.get_num_threads()
