@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from launched_runs import (
 
 import hasten
 from builders import write_labelled
+from hasten.training.folder import lock_folder
 
 pytestmark = [
     pytest.mark.slow,
@@ -199,6 +201,22 @@ def test_a_killed_process_ends_the_run_and_is_named(rank: int, is_saved: bool, r
         assert cli("train", "--resume", run, "--processes", 1).code == 0
         assert_complete(run)
         assert_same_losses(run, reference)
+
+
+def test_processes_end_with_their_launcher():
+    run = Path("run")
+    settings = {**SETTINGS, "train.epochs": 400}
+    with launched(run, "tiny.csv", "-o", run, "--processes", 2, *flags(settings)) as command:
+        command.wait_for(lambda: has_begun(run))
+        ranks = command.ranks()
+        command.process.kill()
+        end = time.monotonic() + SECONDS_TO_NOTICE
+        while any(map(is_alive, ranks.values())):
+            assert time.monotonic() < end, "they train on"
+            time.sleep(0.05)
+        _, err = command.process.communicate()
+    assert sorted(ranks) == [0, 1] and "has lost its launcher and stops" in err
+    lock_folder(run).release()  # it is free again
 
 
 def test_a_run_goes_on_by_itself_after_a_process_was_lost(reference: Path):

@@ -136,7 +136,6 @@ _FIRST, _SECOND = partial(of_argument, 0), partial(of_argument, 1)
 # The whole of what is gathered or scattered, as traffic.py defines payloads.
 _PAYLOADS: dict[str, tuple[Kind, Callable[[Any], int]]] = {
     "c10d.allreduce_": ("all_reduce", _FIRST),
-    "c10d.broadcast_": ("broadcast", _FIRST),
     "c10d._allgather_base_": ("all_gather", _FIRST),
     "c10d._reduce_scatter_base_": ("reduce_scatter", _SECOND),
     "c10d.alltoall_base_": ("all_to_all", _SECOND),

@@ -54,7 +54,7 @@ def train(
     precision: str = typer.Option(None, help="auto, float32, bf16 or fp16."),
     processes: str = typer.Option(None, help="Processes to start on this machine."),
     parallel: str = typer.Option(
-        None, metavar="LAYOUT", help="What they are for: replicate=2,shard=2."
+        None, metavar="LAYOUT", help="What they are for, as in shard=2,tensor=2."
     ),
     resume: str = typer.Option(None, help="Go on with this run folder, exactly."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the resolved plan and stop."),

@@ -4,6 +4,7 @@
     launcher --a thread--> no sign for too long -> SIGKILL, after which the others end as well
 
 A process that waits for others in a collective still gives signs; one that was stopped does not.
+One whose launcher has gone ends: nobody would watch it, and it would hold the run's lock.
 That holds among the processes that ``hasten --processes`` has started on one machine.
 """
 
@@ -16,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from hasten.core.errors import LostProcessError
 
 FOLDER_VARIABLE = "HASTEN_HEARTBEAT"
 _INTERVAL_SECONDS = 1.0
@@ -32,10 +35,14 @@ def beating(rank: int) -> Iterator[None]:
     if folder is None:
         yield
         return
-    path, ended = Path(folder) / str(rank), threading.Event()
+    path, ended, launcher = Path(folder) / str(rank), threading.Event(), os.getppid()
 
     def beat() -> None:
         while not ended.wait(_INTERVAL_SECONDS):
+            if os.getppid() != launcher:
+                os.write(2, f"hasten: rank {rank} has lost its launcher and stops.\n".encode())
+                # At once: the main thread may wait for others in a collective.
+                os._exit(LostProcessError.exit_code)
             _sign(path)
 
     _sign(path)
