@@ -392,7 +392,8 @@ def test_a_signal_saves_before_it_ends_the_run(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 100 + number, errors.decode()
     (*_, saved) = steps_saved(run)
-    assert saved >= 7 and not (run / "model").exists()
+    # The first entry is there before its step has looked for signals.
+    assert saved >= metrics(run)[0]["step"] and not (run / "model").exists()
     reference = tmp_path / "reference"
     finish(start(output=str(reference), settings=settings, **data))
     finish(start(resume=str(run)))
