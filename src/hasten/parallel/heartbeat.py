@@ -22,6 +22,7 @@ from hasten.core.errors import LostProcessError
 
 FOLDER_VARIABLE = "HASTEN_HEARTBEAT"
 _INTERVAL_SECONDS = 1.0
+_LAUNCHER = os.getppid()
 
 
 @contextmanager
@@ -35,12 +36,12 @@ def beating(rank: int) -> Iterator[None]:
     if folder is None:
         yield
         return
-    path, ended, launcher = Path(folder) / str(rank), threading.Event(), os.getppid()
+    path, ended = Path(folder) / str(rank), threading.Event()
 
     def beat() -> None:
         while not ended.wait(_INTERVAL_SECONDS):
-            if os.getppid() != launcher:
-                os.write(2, f"hasten: rank {rank} has lost its launcher and stops.\n".encode())
+            if _has_lost_launcher():
+                os.write(2, f"hasten: {lost('another process', rank)}\n".encode())
                 # At once: the main thread may wait for others in a collective.
                 os._exit(LostProcessError.exit_code)
             _sign(path)
@@ -54,6 +55,23 @@ def beating(rank: int) -> Iterator[None]:
         ended.set()
         thread.join()
         path.unlink(missing_ok=True)
+
+
+def lost(what: str, rank: int) -> LostProcessError:
+    """Returns the error of a process that finds others gone.
+
+    Args:
+        what: seems to have gone: "rank 0", for example. The launcher is named instead where it
+            has gone, since the store through which processes meet is lost with it.
+        rank: of this process.
+    """
+    end = time.monotonic() + _INTERVAL_SECONDS
+    # A killed process closes its connections a moment before it counts as gone.
+    while not (has_gone := _has_lost_launcher()) and time.monotonic() < end:
+        time.sleep(_INTERVAL_SECONDS / 20)
+    return LostProcessError(
+        f"rank {rank} has lost {'its launcher' if has_gone else what} and stops."
+    )
 
 
 @contextmanager
@@ -86,6 +104,10 @@ def watching(folder: Path, timeout_seconds: float) -> Iterator[dict[int, float]]
     finally:
         ended.set()
         thread.join()
+
+
+def _has_lost_launcher() -> bool:
+    return FOLDER_VARIABLE in os.environ and os.getppid() != _LAUNCHER
 
 
 def _sign(path: Path) -> None:

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hasten.core.errors import HastenError, LostProcessError, MachineError, UsageError
+from hasten.core.errors import HastenError, MachineError, UsageError
 from hasten.core.ranks import ALONE, Ranks
+from hasten.parallel.heartbeat import lost
 from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.place import Place, find_place
 
@@ -157,7 +158,7 @@ class World(Ranks):
                 os.kill(self._main_process, 0)
             return self._store.check([key])
         except (ProcessLookupError, RuntimeError):
-            raise LostProcessError(f"rank {self.rank} has lost rank 0 and stops.") from None
+            raise lost("rank 0", self.rank) from None
 
 
 class _BatchRanks(Ranks):

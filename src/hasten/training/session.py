@@ -20,12 +20,12 @@ import torch
 
 from hasten.config.load import replace_values
 from hasten.config.schema import ParallelConfig, RunConfig
-from hasten.core.errors import LostProcessError, OutOfMemoryError, UsageError
+from hasten.core.errors import OutOfMemoryError, UsageError
 from hasten.core.files import FileLock, machine_errors, remove_partials
 from hasten.core.ranks import Ranks
 from hasten.data.cache import clear_leftovers, folder_for_stdin
 from hasten.data.rows import spool_standard_input
-from hasten.parallel.heartbeat import beating
+from hasten.parallel.heartbeat import beating, lost
 from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.place import find_place
 from hasten.parallel.world import World, joined
@@ -214,9 +214,7 @@ def _joined(config: RunConfig) -> Iterator[Ranks]:
         except RuntimeError as error:
             if ranks.size == 1 or not _LOST.search(str(error)):
                 raise
-            raise LostProcessError(
-                f"rank {ranks.rank} has lost another process of the run and stops."
-            ) from error
+            raise lost("another process of the run", ranks.rank) from error
 
 
 @contextmanager
