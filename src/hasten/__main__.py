@@ -25,13 +25,18 @@ for _number in (signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(_number) is not signal.SIG_IGN:  # nohup, or a shell's background
         signal.signal(_number, _stop)
 
+# torch warns of connections with pages of C++ frames; our errors name rank, host and cause.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from hasten.cli.main import main as command  # noqa: E402 - it is what takes a while
+from hasten.parallel.heartbeat import beating  # noqa: E402
 
 
 def main() -> None:
     """Runs the command and ends the process with its exit code."""
     try:
-        command()
+        with beating():
+            command()
     finally:
         # What has been said stands: a signal while Python ends adds no word to it.
         for number in (signal.SIGINT, signal.SIGTERM):

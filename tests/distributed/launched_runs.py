@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ SETTINGS: dict[str, Any] = {
     "eval.metric": "loss",
 }
 EVERY_STEP = {"train.checkpoint_minutes": 1e-9}
+FAULTS = ("kill", "hang", "raise")
+_RAISING = Path(__file__).parent / "raising"
 _SECONDS = 120  # a machine may be busy; nothing here is meant to take a tenth of it
 SECONDS_TO_NOTICE = 30  # that a process is lost; then whoever waits for it is killed in its turn
 
@@ -46,10 +49,11 @@ class Launched:
     Attributes:
         process: the one that was started and starts the others.
         run: the run's folder.
+        orders: folder in which a rank looks for the order to raise.
     """
 
-    def __init__(self, process: subprocess.Popen[str], run: Path) -> None:
-        self.process, self.run = process, run
+    def __init__(self, process: subprocess.Popen[str], run: Path, orders: Path) -> None:
+        self.process, self.run, self.orders = process, run, orders
 
     def ranks(self) -> dict[int, int]:
         """Returns the process of each rank that is alive."""
@@ -60,6 +64,20 @@ class Launched:
             if "RANK" in environment:
                 found[int(environment["RANK"])] = pid
         return found
+
+    def strike(self, fault: str, rank: int) -> int:
+        """Kills or stops a rank, or makes it raise; returns its process."""
+        pid = self.ranks()[rank]
+        if fault == "raise":
+            (self.orders / str(rank)).touch()
+        else:
+            os.kill(pid, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        return pid
+
+    def raised_at(self, rank: int) -> float | None:
+        """Returns the monotonic time at which a rank raised as it was told; None if it did not."""
+        path = self.orders / f"{rank}.raised"
+        return float(path.read_text()) if path.exists() else None
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Waits for something to be so while the command goes on."""
@@ -85,21 +103,24 @@ def launched(run: Path, *arguments: object, starter: Sequence[str] = ()) -> Iter
         starter: the module that starts the processes in hasten's place, and its arguments.
     """
     command = ["-m", *starter, "-m", "hasten"] if starter else ["-m", "hasten"]
-    process = subprocess.Popen(
-        [sys.executable, *command, "train", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that Ctrl-C can be sent to all that a terminal would send it
-    )
-    found = Launched(process, run)
-    try:
-        yield found
-    finally:
-        if process.poll() is None:
-            for pid in (*found.ranks().values(), process.pid):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()
+    path = os.pathsep.join(filter(None, [str(_RAISING), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as orders:
+        process = subprocess.Popen(
+            [sys.executable, *command, "train", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "RAISE_IN": orders},
+            start_new_session=True,  # so that Ctrl-C can be sent to all that a terminal would
+        )
+        found = Launched(process, run, Path(orders))
+        try:
+            yield found
+        finally:
+            if process.poll() is None:
+                for pid in (*found.ranks().values(), process.pid):
+                    os.kill(pid, signal.SIGKILL)
+            process.communicate()
 
 
 def train_in_processes(*arguments: object) -> tuple[int, str, str]:

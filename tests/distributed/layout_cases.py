@@ -90,8 +90,9 @@ class Case:
 
     @property
     def alone(self) -> Case:
-        """The same in one process: equal for cases that differ by their layout only."""
-        return replace(self, layout="alone", goes_on_with=None)
+        """The same in one process, not compiled: equal for cases that differ in layout only."""
+        settings = {n: value for n, value in self.settings.items() if n != "train.compile"}
+        return replace(self, layout="alone", goes_on_with=None, settings=settings)
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -205,14 +206,18 @@ _UNLIKE = {
     "narrow windows": (ANSWERER, "muon", _ALL),
     "momentum": (CLASSIFIER, "momentum", {"train.recompute": True}),
     "soft-cap": (GENERATOR, "sgd", {**_ROUNDS, "model.logit_softcap": 3.0}),
+    "compiled": (CLASSIFIER, "sgd", {**_ROUNDS, "train.compile": True, "train.recompute": True}),
+    "compiled, too": (TRANSLATOR, "adamw", {**_ALL, "train.compile": True}),
 }
+_NOT_COMPILED = [name for name in _UNLIKE if not name.startswith("compiled")]
 
 
 def _unlike(layout: str, *names: str) -> list[Case]:
     found = []
     for name in names:
         task, optimizer, settings = _UNLIKE[name]
-        found.append(Case(name, task, layout, optimizer, settings))
+        steps = 4 if "train.compile" in settings else 10  # it takes its time
+        found.append(Case(name, task, layout, optimizer, settings, num_steps=steps))
     return found
 
 
@@ -254,15 +259,16 @@ def _that_fit(layout: str, cases: list[Case]) -> list[Case]:
 _ADAPTIVE = ("adam", "adagrad", "adadelta", "rmsprop", "nadam", "radam")
 _OF_TWO = [
     *(c for axis in AXES for c in _that_fit(axis, _everywhere(f"{axis}=2"))),
+    *(c for axis in AXES for c in _unlike(f"{axis}=2", "compiled")),
     *_unlike("pipeline=2", "untied", "rounds", "augmented", "windows", "momentum", "soft-cap"),
     *_of_schedules(),
     *_measured("replicate=2", 100_000),
     *_measured("shard=2", 100_000),
     *_unlike("replicate=2", "untied", "augmented", "other model", "one vocabulary"),
     *_unlike("replicate=2", "narrow windows"),
-    *_unlike("shard=2", *_UNLIKE),
+    *_unlike("shard=2", *_NOT_COMPILED),
     *_unlike("context=2", "untied", "own vocabularies", "one vocabulary", "windows", "soft-cap"),
-    *_unlike("tensor=2", *_UNLIKE),
+    *_unlike("tensor=2", *_NOT_COMPILED, "compiled, too"),
     *(Case("optimizer", CLASSIFIER, "shard=2", name, num_steps=3) for name in _ADAPTIVE),
     Case("optimizer", CLASSIFIER, "tensor=2", "adam", num_steps=3),
     Case("optimizer", CLASSIFIER, "tensor=2", "rmsprop", num_steps=3),
@@ -272,6 +278,7 @@ _OF_TWO = [
     Case("goes on", CLASSIFIER, "tensor=2", "adamw", _BALANCED, goes_on_with="context=2"),
     Case("goes on", GENERATOR, "context=2", "muon", _ALL, goes_on_with="pipeline=2"),
     Case("goes on", CLASSIFIER, "pipeline=2", "adamw", _BALANCED, goes_on_with="alone"),
+    Case("goes on", TRANSLATOR, "alone", "adamw", _ALL, goes_on_with="tensor=2"),
 ]
 _STAGES_OF_COPIES = "pipeline=2,replicate=2"
 _OF_FOUR = [
@@ -302,6 +309,23 @@ _OF_FOUR = [
         goes_on_with="pipeline=2,replicate=2",
     ),
     Case("goes on", GENERATOR, "pipeline=2,tensor=2", "muon", _ALL, goes_on_with="alone"),
+    Case("goes on", CLASSIFIER, "alone", "adamw", _ALL, goes_on_with="pipeline=2,shard=2"),
+    Case(
+        "goes on",
+        GENERATOR,
+        "pipeline=2,shard=2",
+        "adamw",
+        {**_ALL, "model.hidden_size": 40, "model.num_heads": 4},
+        goes_on_with="context=2,tensor=2",
+    ),
+    Case(
+        "goes on",
+        CLASSIFIER,
+        "shard=2,context=2",
+        "adamw",
+        _ALL,
+        goes_on_with="replicate=2,shard=2",
+    ),
 ]
 CASES: dict[int, list[Case]] = {
     2: _OF_TWO,

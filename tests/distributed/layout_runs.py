@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from layout_cases import Case
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from builders import Recorder, default_dtype
 from hasten.config.load import build_config
@@ -81,10 +85,8 @@ def run_case(case: Case, data: Path, folder: Path, world: Ranks = ALONE) -> Foun
         for step in range(case.num_steps):
             if case.goes_on_with is not None and step == case.num_steps // 2:
                 loop.state.step = step
-                loop.save(NoLog())
-                loop = prepare(case, data, folder, in_layout(world, case.goes_on_with))
-                loop.resume()
-                assert loop.state.step == step
+                ranks = in_layout(world, case.goes_on_with)
+                loop = saved_and_resumed(loop, prepare(case, data, folder, ranks), found, world)
             take_step(case, loop, step, found)
         found.trained = loop.pace.merged_meter(loop.parts.parallel.ranks).compute()
         measure(loop, found)
@@ -101,12 +103,30 @@ def in_layout(world: Ranks, layout: str) -> Ranks:
         return ALONE
     assert isinstance(world, World)
     if layout not in _WORLDS:  # each opens connections of its own
-        _WORLDS[layout] = World(world.place, choose_layout(layout, world.size), "cpu")
+        chosen = choose_layout(layout, world.size)
+        _WORLDS[layout] = World(world.place, chosen, "cpu", world.hosts)
     return _WORLDS[layout]
+
+
+@contextmanager
+def tracing_only() -> Iterator[None]:
+    """Compiles without making code, for which a machine may have nothing, and every case anew."""
+    torch._dynamo.reset()
+    plain = nn.Module.compile
+    with (
+        mock.patch.object(nn.Module, "compile", partialmethod(plain, backend="aot_eager")),
+        mock.patch("shutil.which", return_value="traced"),
+    ):
+        yield
 
 
 def prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
     """Plans and builds a case's run."""
+    with tracing_only() if case.settings.get("train.compile") else nullcontext():
+        return _prepare(case, data, folder, ranks)
+
+
+def _prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
     overrides = {"data.train": f"{case.task}.csv", **case.overrides}
     for key in ("data.train", "data.validation"):
         if key in overrides:
@@ -118,6 +138,44 @@ def prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
         weights, own = load_file(data / case.weights), loop.parts.model.state_dict()
         copy_into(loop.parts.model, {n: weights[n] for n in own}, case.weights)
     return loop
+
+
+def saved_and_resumed(loop: Loop, new: Loop, found: Found, world: Ranks) -> Loop:
+    """Goes on with another loop by way of a checkpoint, and notes what is not the same there.
+
+    Args:
+        loop: that has trained.
+        new: that goes on, of the same folder.
+        found: where problems are noted.
+        world: the processes; in the layout ``alone`` one of them saves.
+    """
+    ranks, before = loop.parts.parallel.ranks, whole_tensors(loop)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    if ranks.size > 1 or world.is_main:
+        loop.save(NoLog())
+        loop.saver.finish()
+    world.gather(None)
+    new.resume()
+    assert new.state.step == loop.state.step
+    after = whole_tensors(new)
+    if not world.is_main:
+        return new
+    found.problems += [
+        f"{name} is not what was saved"
+        for name in before.keys() | after.keys()
+        if name not in before
+        or name not in after
+        or before[name].dtype != after[name].dtype
+        or not before[name].equal(after[name])
+    ]
+    files = sorted((loop.folder / "checkpoints").glob(f"step-{loop.state.step:08d}/*.safetensors"))
+    for group in {name.partition("/")[0] for name in before}:
+        own = [load_file(file) for file in files if file.name.startswith(group)]
+        num_written = sum(tensor.numel() for some in own for tensor in some.values())
+        num_held = sum(t.numel() for name, t in before.items() if name.startswith(group))
+        if len(own) != ranks.size or num_written != num_held:
+            found.problems.append(f"{len(own)} files hold {num_written} of {num_held} in {group}")
+    return new
 
 
 def take_step(case: Case, loop: Loop, step: int, found: Found) -> None:
@@ -214,14 +272,21 @@ def measure(loop: Loop, found: Found) -> None:
 def note_tensors(loop: Loop, found: Found) -> None:
     """Notes the whole tensors; processes that hold the same part must hold the same values."""
     ranks = loop.parts.parallel.ranks
-    for group, tensors in trained_tensors(loop).items():
-        whole = gather_tensors(tensors, ranks)
-        found.tensors |= {f"{group}/{name}": tensor for name, tensor in whole.items()}
+    found.tensors = whole_tensors(loop)
     if isinstance(ranks, World):
         held: dict[tuple[int, ...], str] = {}
         for rank, one in enumerate(ranks.gather(digest(loop))):
             if held.setdefault(part_of(rank, ranks.layout), one) != one:
                 found.problems.append(f"rank {rank} holds other values than those of its part")
+
+
+def whole_tensors(loop: Loop) -> dict[str, Tensor]:
+    """Returns everything that a step changes, whole; of several processes on rank 0 only."""
+    found: dict[str, Tensor] = {}
+    for group, tensors in trained_tensors(loop).items():
+        whole = gather_tensors(tensors, loop.parts.parallel.ranks)
+        found |= {f"{group}/{name}": tensor for name, tensor in whole.items()}
+    return found
 
 
 def part_of(rank: int, layout: Layout) -> tuple[int, ...]:

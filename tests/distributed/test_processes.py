@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from launched_runs import (
     EVERY_STEP,
     SECONDS_TO_NOTICE,
     SETTINGS,
-    Launched,
     flags,
     has_begun,
     is_alive,
@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc"),
 ]
+HOST = socket.gethostname()
 FILES = [
     "checkpoints",
     "config.yaml",
@@ -100,8 +101,10 @@ def test_two_processes_train_and_say_so_once(reference: Path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(reference: Path, cli):
+    """Saved by four of them, it goes on with one, with four in another layout, and with two."""
     run = Path("a run")
-    given = ("tiny.csv", "-o", run, "--parallel", "shard=2", *flags({**SETTINGS, **EVERY_STEP}))
+    layout = "shard=2,tensor=2"
+    given = ("tiny.csv", "-o", run, "--parallel", layout, *flags({**SETTINGS, **EVERY_STEP}))
     with launched(run, *given) as command:
         command.wait_for(lambda: bool(steps_saved(run)))
         command.process.terminate()
@@ -118,13 +121,13 @@ def test_a_run_goes_on_with_another_number_of_processes(reference: Path, cli):
     assert_complete(run)
     assert_same_losses(run, reference)
 
-    with launched(copy, "--resume", copy, "--processes", 2, "--parallel", "replicate=2") as command:
+    with launched(copy, "--resume", copy, "--processes", 4, "--parallel", "shard=4") as command:
         command.wait_for(lambda: max(steps_saved(copy)) > saved)
         os.killpg(command.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
         code, out, err = command.end()
     assert (code, out) == (130, ""), err
     assert said(err)[-1:] == ["hasten: stopped; go on with: hasten train --resume copy"]
-    code, out, err = train_in_processes("--resume", copy, "--parallel", "shard=2", "--json")
+    code, out, err = train_in_processes("--resume", copy, "--parallel", "replicate=2", "--json")
     assert (code, err) == (0, "")
     assert len(out.splitlines()) == 1
     result = json.loads(out)
@@ -163,22 +166,15 @@ def test_a_device_that_is_not_there_is_said_once():
     assert [path.name for path in Path().iterdir()] == ["tiny.csv"]
 
 
-def kill(command: Launched, rank: int) -> int:
-    """Kills a rank as the kernel does when memory is short; returns its process."""
-    pid = command.ranks()[rank]
-    os.kill(pid, signal.SIGKILL)
-    return pid
-
-
 def test_a_process_killed_in_preparing_ends_the_run(own_cache: Path):
     """The others wait for rank 0 then, and must not wait for ever."""
     given = ("tiny.csv", "-o", "run", "--processes", 2, *flags(SETTINGS))
     with launched(Path("run"), *given) as command:
         command.wait_for(lambda: any(own_cache.iterdir()) and len(command.ranks()) == 2)
-        pid = kill(command, 0)
+        pid = command.strike("kill", 0)
         code, out, err = command.end(SECONDS_TO_NOTICE)
     assert (code, out) == (7, ""), err
-    assert f"rank 0 (process {pid} on this machine) was killed by SIGKILL" in said(err)[-1]
+    assert f"rank 0 (process {pid} on {HOST}) was killed by SIGKILL" in said(err)[-1]
     assert [path.name for path in Path().iterdir()] == ["tiny.csv"]
 
 
@@ -190,11 +186,11 @@ def test_a_killed_process_ends_the_run_and_is_named(rank: int, is_saved: bool, r
     with launched(run, "tiny.csv", "-o", run, "--parallel", layout, *flags(settings)) as command:
         command.wait_for(lambda: bool(steps_saved(run)) if is_saved else has_begun(run))
         ranks = command.ranks()
-        pid = kill(command, rank)
+        pid = command.strike("kill", rank)
         code, out, err = command.end(SECONDS_TO_NOTICE)
     assert (code, out) == (7, ""), err
     last = said(err)[-1]
-    assert f"rank {rank} (process {pid} on this machine) was killed by SIGKILL" in last, err
+    assert f"rank {rank} (process {pid} on {HOST}) was killed by SIGKILL" in last, err
     assert "hasten train --resume run" in last
     assert sorted(ranks) == [0, 1] and not any(map(is_alive, ranks.values()))
     if is_saved:
@@ -224,7 +220,7 @@ def test_a_run_goes_on_by_itself_after_a_process_was_lost(reference: Path):
     given = ("--processes", 2, "--parallel.max_restarts", 1, *flags({**SETTINGS, **EVERY_STEP}))
     with launched(run, "tiny.csv", "-o", run, *given) as command:
         command.wait_for(lambda: bool(steps_saved(run)))
-        kill(command, 1)
+        command.strike("kill", 1)
         code, out, err = command.end()
     assert code == 0, err
     assert len(re.findall(r"^run folder: run$", out, re.MULTILINE)) == 1
@@ -241,7 +237,7 @@ def test_processes_that_torchrun_starts_again_go_on(reference: Path):
     given = ("tiny.csv", "-o", run, *flags({**SETTINGS, **EVERY_STEP}))
     with launched(run, *given, starter=starter) as command:
         command.wait_for(lambda: bool(steps_saved(run)))
-        kill(command, 1)
+        command.strike("kill", 1)
         code, out, err = command.end()
     assert code == 0, err
     assert len(re.findall(r"^run folder: run$", out, re.MULTILINE)) == 1

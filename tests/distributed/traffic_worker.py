@@ -185,7 +185,10 @@ def loss_sum(outputs: Any, batch: PackedBatch, label_smoothing: float) -> Tensor
 
 def run_case(case: TrafficCase, world: World) -> dict[str, list[int]]:
     """Takes steps; returns payloads of the last one's collectives by kind, and gloo's own count."""
-    ranks, device = World(world.place, case.places(world.size), "cpu"), torch.device("cpu")
+    ranks, device = (
+        World(world.place, case.places(world.size), "cpu", world.hosts),
+        torch.device("cpu"),
+    )
     torch.manual_seed(0)
     model = Transformer.from_config(case.config)
     for stack in model.stacks:

@@ -19,7 +19,9 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # torch._dynamo is what the first optimizer of a process imports, for seconds.
-_CONTEXT.set_forkserver_preload(["hasten.training.run", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(
+    ["hasten.training.run", "torch._dynamo", "torch.distributed.checkpoint"]
+)
 
 TIMING = ("seconds", "train_seconds", "tokens_per_second")
 

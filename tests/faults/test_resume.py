@@ -30,7 +30,7 @@ from interrupted_runs import (
 import hasten
 from builders import write_labelled
 from hasten.core.errors import DamagedError, DataError, HastenError, MachineError, UsageError
-from hasten.training.checkpoint import load_newest_checkpoint
+from hasten.training.checkpoint import open_newest_checkpoint
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_refused_naming_the_file(
 
     def refused(name: str) -> None:
         with pytest.raises(DamagedError, match=rf"{newest.name}/{name}") as caught:
-            load_newest_checkpoint(stopped / "checkpoints")
+            open_newest_checkpoint(stopped / "checkpoints")
         assert caught.value.exit_code == 4
         assert f"remove {newest}" in str(caught.value)
         shutil.copyfile(whole / name, newest / name)
@@ -295,8 +295,10 @@ def test_a_damaged_checkpoint_is_refused_naming_the_file(
 def test_a_checkpoint_of_another_version_is_refused(stopped: Path, monkeypatch):
     from hasten.training import checkpoint
 
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
-    with pytest.raises(DamagedError, match="format version 1; this hasten reads 2"):
+    version = checkpoint.FORMAT_VERSION
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", version + 1)
+    message = f"format version {version}; this hasten reads {version + 1}"
+    with pytest.raises(DamagedError, match=message):
         hasten.train(resume=stopped)
 
 
@@ -325,15 +327,15 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
 
     from hasten.training import checkpoint
 
-    original, calls = checkpoint._write_tensors, []
+    original, calls = checkpoint._write_file, []
 
-    def full(file: Path, tensors: Any) -> None:
+    def full(file: Path, parts: Any) -> None:
         calls.append(file)
         if len(calls) > 7:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-        original(file, tensors)
+        original(file, parts)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    monkeypatch.setattr(checkpoint, "_write_file", full)
     with pytest.raises(MachineError, match=r"No space left.*free some space and resume") as caught:
         hasten.train(resume=stopped)
     assert caught.value.exit_code == 8
@@ -348,14 +350,14 @@ def test_what_the_disk_did_not_keep_is_noticed_when_written(
 ):
     from hasten.training import checkpoint
 
-    original = checkpoint._write_tensors
+    original = checkpoint._write_file
 
-    def lossy(file: Path, tensors: Any) -> None:
-        original(file, tensors)
+    def lossy(file: Path, parts: Any) -> None:
+        original(file, parts)
         flip_bit(file, file.stat().st_size - 3)
 
     before = steps_saved(stopped)
-    monkeypatch.setattr(checkpoint, "_write_tensors", lossy)
+    monkeypatch.setattr(checkpoint, "_write_file", lossy)
     with pytest.raises(MachineError, match="did not keep"):
         hasten.train(resume=stopped)
     assert steps_saved(stopped) == before

@@ -105,7 +105,8 @@ def test_a_block_equals_torchs_layer(placement: str, activation: str, lengths: l
         weight = torch.randn_like(expected)
         (expected * weight).sum().backward()
         stream = torch.cat(leaves).detach().requires_grad_()
-        found = block(stream, Surroundings(SequenceLayout.from_lengths(lengths), None))
+        layout = SequenceLayout.from_lengths(lengths)
+        found = block(stream, Surroundings(layout, layout.group_plan, None))
         (found * weight).sum().backward()
         gradient = torch.cat([leaf.grad for leaf in leaves])
         assert_same_streams([found, stream.grad], [expected, gradient])
@@ -137,7 +138,7 @@ def test_a_block_that_reads_a_source_equals_torchs_layer(
         (expected * weight).sum().backward()
         stream, memory = (torch.cat(x).detach().requires_grad_() for x in (leaves, sources))
         layout, other = (SequenceLayout.from_lengths(x) for x in (lengths, source_lengths))
-        around = Surroundings(layout, None, memory, plan_groups(layout, other))
+        around = Surroundings(layout, layout.group_plan, None, memory, plan_groups(layout, other))
         found = block(stream, around)
         (found * weight).sum().backward()
         gradients = [torch.cat([leaf.grad for leaf in x]) for x in (leaves, sources)]

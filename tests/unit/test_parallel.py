@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from hasten.core.shards import copy_whole_, is_sharded, local_part, placed_like,
 from hasten.data.order import cut_micro_batches, deal_micro_batches
 from hasten.model.transformer import Transformer
 from hasten.parallel.apply import check_layout
-from hasten.parallel.heartbeat import FOLDER_VARIABLE, beating, watching
+from hasten.parallel.heartbeat import FOLDER_VARIABLE, Watched, beating, watching
 from hasten.parallel.launch import _exit_code
 from hasten.parallel.layout import AXES, Layout, choose_layout
 from hasten.parallel.place import Place, find_place, first_node
@@ -49,6 +50,11 @@ def test_a_layout_is_read_as_it_is_written(layout: Layout):
         ({"num_heads": 4, "num_kv_heads": 2}, "tensor=4", "the 2 key/value heads: 1, 2 would"),
         ({"feed_forward_size": 75}, "tensor=2", "--model.feed_forward_size 74 would fit"),
         ({"stochastic_depth": 0.1}, "context=2", "stochastic_depth does not go with"),
+        (
+            {"hidden_size": 32, "num_heads": 8, "max_positions": 4},
+            "context=8",
+            "at most 4: 4 or less would fit",
+        ),
         ({"num_layers": 3}, "pipeline=4", "--model.num_layers 4 would fit"),
         ({"architecture": "encoder_decoder"}, "pipeline=2", "encoder_decoder cannot be cut"),
     ],
@@ -175,24 +181,26 @@ def test_a_plain_tensor_is_its_own_part_and_whole():
 
 def test_a_process_that_was_stopped_is_killed_and_one_that_waits_is_not(tmp_path: Path):
     code = (
-        "import os, sys, time\n"
+        "import time\n"
         "from hasten.parallel.heartbeat import beating\n"
-        "with beating(int(sys.argv[1])):\n"
+        "with beating():\n"
         "    time.sleep(60)\n"
     )
     environment = {**os.environ, FOLDER_VARIABLE: str(tmp_path)}
     children = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment)
+        subprocess.Popen([sys.executable, "-c", code], env={**environment, "RANK": str(rank)})
         for rank in range(2)
     ]
     try:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.05)
-        with watching(tmp_path, 3.0) as killed:
+        with watching(tmp_path, 3.0) as watched:
             children[1].send_signal(signal.SIGSTOP)
             assert children[1].wait(30) == -signal.SIGKILL
             assert children[0].poll() is None
-        assert list(killed) == [1] and killed[1] > 3.0
+            # One that does not end when another has gone is killed too.
+            assert children[0].wait(30) == -signal.SIGKILL
+        assert list(watched.hung) == [1] and watched.hung[1] > 3.0 and watched.stopped == {0}
     finally:
         for child in children:
             child.kill()
@@ -201,11 +209,17 @@ def test_a_process_that_was_stopped_is_killed_and_one_that_waits_is_not(tmp_path
 
 def test_signs_of_life_end_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    with beating(4):
+    monkeypatch.setenv("RANK", "4")
+    with beating():
         assert (tmp_path / "4").read_text() == str(os.getpid())
     assert not list(tmp_path.iterdir())
+    for code, is_left in ((143, False), (1, True)):  # the sign of one that fails stays behind
+        with pytest.raises(SystemExit), beating():
+            raise SystemExit(code)
+        assert (tmp_path / "4").exists() is is_left
+    (tmp_path / "4").unlink()
     monkeypatch.delenv(FOLDER_VARIABLE)
-    with beating(4):
+    with beating():
         assert not list(tmp_path.iterdir())
 
 
@@ -216,22 +230,27 @@ def failure(exitcode: int, timestamp: int = 0) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("failures", "found"),
     [
-        ({0: failure(7, 1), 1: failure(-9, 2)}, "rank 1 (process 99 on this machine) was killed"),
-        ({0: failure(1, 2), 2: failure(1, 1)}, "rank 2 (process 99 on this machine) ended with"),
+        ({0: failure(7, 1), 1: failure(-9, 2)}, "rank 1 (process 99 on {HOST}) was killed"),
+        ({0: failure(7, 1), 1: failure(1, 2)}, "rank 1 (process 99 on {HOST}) ended with"),
+        ({0: failure(1, 2), 2: failure(1, 1)}, "rank 2 (process 99 on {HOST}) ended with"),
+        ({0: failure(-9, 1), 5: failure(1, 2)}, "rank 5 (process 99 on {HOST}) failed with Oh: no"),
+        ({0: failure(-9, 1), 1: failure(7, 2)}, "rank 1 (process 99 on {HOST}) ended with"),
         ({3: failure(-9)}, "gave no sign of life for 21 s"),
         ({0: failure(3), 1: failure(-15)}, 3),
         ({0: failure(143)}, 143),
         ({0: failure(130), 1: failure(130)}, 130),
-        ({0: failure(143, 2), 1: failure(-9, 1)}, "rank 1 (process 99 on this machine) was killed"),
-        ({0: failure(143, 1), 1: failure(-9, 2)}, "rank 1 (process 99 on this machine) was killed"),
+        ({0: failure(143, 2), 1: failure(-9, 1)}, "rank 1 (process 99 on {HOST}) was killed"),
+        ({0: failure(143, 1), 1: failure(-9, 2)}, "rank 1 (process 99 on {HOST}) was killed"),
     ],
 )
 def test_who_failed_first_is_named_unless_it_said_so_itself(
     failures: dict[int, SimpleNamespace], found: str | int
 ):
+    watched = Watched(hung={3: 21.0}, stopped={0}, causes={5: "Oh: no"})
     if isinstance(found, int):
-        assert _exit_code(failures, {}) == found
+        assert _exit_code(failures, watched) == found
         return
     with pytest.raises(LostProcessError) as lost:
-        _exit_code(failures, {3: 21.0})
-    assert found in str(lost.value) and lost.value.exit_code == 7
+        _exit_code(failures, watched)
+    wanted = found.replace("{HOST}", socket.gethostname())
+    assert wanted in str(lost.value) and lost.value.exit_code == 7

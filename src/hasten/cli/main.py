@@ -27,6 +27,7 @@ from hasten.cli import augment, demo, evaluate, inspect, predict, train
 from hasten.cli.console import say
 from hasten.cli.settings import show_all_keys
 from hasten.core.errors import DivergenceError, HastenError, UsageError, nearest
+from hasten.parallel.heartbeat import tell_launcher
 from hasten.parallel.place import find_place
 
 _KEY = re.compile(r"--(?P<key>[a-z]+\.[a-z0-9_-]+)(?:=(?P<value>.*))?", re.DOTALL | re.IGNORECASE)
@@ -214,8 +215,8 @@ def _exit_code(error: BaseException) -> int:
     if rank and (signal_number or isinstance(error, DivergenceError)):
         # Signals and diverging losses are agreed on by all processes; rank 0 speaks for them.
         return 128 + signal_number if signal_number else DivergenceError.exit_code
+    of_rank = f"rank {rank}: " if rank and not str(error).startswith("rank ") else ""
     if isinstance(error, HastenError):
-        of_rank = f"rank {rank}: " if rank and "rank" not in str(error) else ""
         return _say(f"{of_rank}{error}", error.exit_code)
     if isinstance(error, typer.Exit):
         return error.exit_code
@@ -230,9 +231,10 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, OSError):
         _silence_output()  # what could not be written would fail again at the end
         where = f"{error.filename}: " if error.filename else ""
-        return _say(f"{where}{error.strerror or error}.", 8)
-    _say(f"{type(error).__name__}: {error}\nThis is a defect of hasten; --debug shows where.", 1)
-    return 1
+        return _say(f"{of_rank}{where}{error.strerror or error}.", 8)
+    what = f"{type(error).__name__}: {error}"
+    tell_launcher(what)
+    return _say(f"{of_rank}{what}\nThis is a defect of hasten; --debug shows where.", 1)
 
 
 def _rank() -> int:

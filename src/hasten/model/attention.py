@@ -157,7 +157,7 @@ def _attend_group(
     mask = group.keys.mask
     if spec.causal:
         length = group.queries.length
-        mask = _causal_mask(length, spec.window, q_NHC.device) if _is_masked(spec, length) else None
+        mask = causal_mask(length, spec.window, q_NHC.device) if _is_masked(spec, length) else None
     out_BHLC = attend_dense(q_BHLC, k_BKTC, v_BKTC, mask, spec)
     return out_BHLC.transpose(1, 2).flatten(0, 1)
 
@@ -202,7 +202,7 @@ def _attend_explicitly(
     if spec.softcap:
         scores_BHLT = spec.softcap * torch.tanh(scores_BHLT / spec.softcap)
     if mask is None and spec.causal:
-        mask = _causal_mask(q_BHLC.shape[2], 0, q_BHLC.device)
+        mask = causal_mask(q_BHLC.shape[2], 0, q_BHLC.device)
     if mask is not None:
         scores_BHLT = scores_BHLT.masked_fill(~mask, float("-inf"))
     return drop_elements(scores_BHLT.softmax(-1), spec.dropout) @ v_BKTC
@@ -213,7 +213,7 @@ def _is_masked(spec: AttentionSpec, length: int) -> bool:
 
 
 @lru_cache(maxsize=32)
-def _causal_mask(length: int, window: int, device: torch.device) -> Tensor:
+def causal_mask(length: int, window: int, device: torch.device) -> Tensor:
     """Returns (length, length) bool: a token sees itself and at most ``window - 1`` before it."""
     with torch.inference_mode(False):  # cached for training too
         at = torch.arange(length, device=device)

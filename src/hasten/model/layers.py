@@ -155,7 +155,7 @@ def drop_elements(x: Tensor, rate: float) -> Tensor:
     dropped = min(round(rate * 65536), 65535)
     if dropped == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, rate, training=True)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)

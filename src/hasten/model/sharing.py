@@ -116,5 +116,10 @@ def check_sharing(config: TransformerConfig, *, tensor: int, context: int) -> No
             f"tensor={tensor} must divide the {config.inner_size} inner columns of feed-forward; "
             f"--model.feed_forward_size {config.inner_size // tensor * tensor} would fit."
         )
+    if context > config.max_positions:
+        raise UsageError(
+            f"context={context} shares the tokens of sequences of at most {config.max_positions}: "
+            f"{config.max_positions} or less would fit."
+        )
     if config.stochastic_depth and tensor * context > 1:
         raise UsageError("--model.stochastic_depth does not go with tensor or context above 1.")

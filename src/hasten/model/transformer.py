@@ -40,12 +40,14 @@ class Surroundings:
 
     Attributes:
         layout: where the sequences begin and end.
+        plan: groups in which they are looked at; formed outside of what is compiled.
         rotary: cosines and sines per token; None without rotary positions.
         memory_MD: encoded source; None without one.
         memory_plan: groups in which sequences look at their source.
     """
 
     layout: SequenceLayout
+    plan: GroupPlan
     rotary: Rotary | None
     memory_MD: Tensor | None = None
     memory_plan: GroupPlan | None = None
@@ -79,7 +81,7 @@ class Block(nn.Module):
         return self.run(
             x_ND,
             layout,
-            lambda attention, h: attention(h, layout.group_plan, around.rotary),
+            lambda attention, h: attention(h, around.plan, around.rotary),
             lambda attention, h: attention(h, around.memory_plan, None, around.memory_MD),
         )
 
@@ -176,6 +178,7 @@ class Stack(nn.Module):
         check_positions(batch.layout, self.max_positions)
         around = Surroundings(
             batch.layout,
+            batch.layout.group_plan,
             self.rotate(batch.positions),
             memory_MD,
             None if memory_MD is None else batch.source_plan,

@@ -11,7 +11,7 @@ aligned differently.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,11 @@ def flatten_optimizer_state(
 
 @torch.no_grad()
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+    *,
+    fill: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> None:
     """Copies a flattened state into an optimizer built the same way, replacing what it held.
 
@@ -69,8 +73,11 @@ def load_optimizer_state(
 
     Args:
         optimizer: newly built, over parameters of the same names and shapes.
-        tensors: from ``flatten_optimizer_state``, on any device; not kept.
+        tensors: from ``flatten_optimizer_state``, on any device; not kept. With ``fill`` only
+            their shapes and types count.
         scalars: from ``flatten_optimizer_state``, possibly through JSON.
+        fill: puts the values into the optimizer's tensors, given by name, of which this process
+            may have only parts; None to copy those of ``tensors``.
 
     Raises:
         DamagedError: the state is of another optimizer or another model, or is incomplete.
@@ -83,6 +90,7 @@ def load_optimizer_state(
         for name in group["param_names"]
     }
     loaded: dict[str, dict[str, Tensor]] = {}
+    targets: dict[str, Tensor] = {}
     for full_name, saved in tensors.items():
         key, _, name = full_name.partition("/")
         if name not in named:
@@ -93,8 +101,12 @@ def load_optimizer_state(
                 f"The saved optimizer state '{full_name}' has shape {tuple(saved.shape)}, "
                 f"expected {tuple(fresh.shape)}."
             )
-        copy_whole_(fresh, saved)
-        loaded.setdefault(name, {})[key] = fresh
+        loaded.setdefault(name, {})[key] = targets[full_name] = fresh
+    if fill is not None:
+        fill(targets)
+    else:
+        for full_name, fresh in targets.items():
+            copy_whole_(fresh, tensors[full_name])
     for name, parameter in named.items():
         optimizer.state.pop(parameter, None)
         if name in loaded:
@@ -105,23 +117,23 @@ def load_optimizer_state(
 
 
 def merge_optimizer_scalars(
-    of_ranks: Sequence[Mapping[str, Any]], num_tensors: int
+    of_ranks: Sequence[tuple[Collection[str], Mapping[str, Any]]],
 ) -> dict[str, Any]:
-    """Returns the scalars of one optimizer of whose weights processes have some each.
+    """Returns the scalars of one optimizer of whose weights processes may have some each.
 
     Args:
-        of_ranks: from ``flatten_optimizer_state``, of each process.
-        num_tensors: of all processes together.
+        of_ranks: names of tensors, and scalars, from each process's ``flatten_optimizer_state``.
     """
-    first = of_ranks[0]
+    first = of_ranks[0][1]
     names: list[set[str]] = [set() for _ in first["groups"]]
-    for scalars in of_ranks:
+    for _, scalars in of_ranks:
         for merged, group in zip(names, scalars["groups"], strict=True):
             merged.update(group["parameters"])
     groups = [
         {**group, "parameters": sorted(merged)}
         for merged, group in zip(names, first["groups"], strict=True)
     ]
+    num_tensors = len(set().union(*(tensors for tensors, _ in of_ranks)))
     return {**first, "groups": groups, "num_tensors": num_tensors}
 
 

@@ -1,8 +1,9 @@
 """Spreads a model over the processes of a run, as their layout says, in one visible order.
 
-    plain model -> stages -> rows divided, heads exchanged -> matrices split -> weights sharded
-                (pipeline)          (context, tensor)            (tensor)       or replicated
-                                                                         (replicate, shard, context)
+    plain model -> stages -> rows divided, heads exchanged -> matrices split -> blocks compiled
+                (pipeline)          (context, tensor)            (tensor)
+                -> weights sharded or replicated
+                   (replicate, shard, context)
 
 Gradients are sums over processes with examples, or rows, of their own, so that the axes replicate,
 shard and context are one for them.
@@ -11,18 +12,19 @@ shard and context are one for them.
 from __future__ import annotations
 
 import logging
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from hasten.core.errors import UsageError
+from hasten.core.errors import MachineError, UsageError
 from hasten.core.ranks import Ranks
 from hasten.model.config import TransformerConfig
 from hasten.model.sharing import check_sharing, declare_roles
 from hasten.model.stages import stage_costs
-from hasten.model.transformer import Transformer
+from hasten.model.transformer import Block, Transformer
 from hasten.parallel.data_parallel import Computing, DataParallel, Replicated, Sharded, shard
 from hasten.parallel.divided import DividedRows
 from hasten.parallel.layout import Layout
@@ -37,6 +39,8 @@ from hasten.parallel.world import World
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_COMPILERS = ("g++", "clang++")
+
 
 @dataclass(frozen=True)
 class ParallelSettings:
@@ -48,6 +52,7 @@ class ParallelSettings:
         schedule: by which a pipeline works.
         micro_batch_tokens: most tokens of a micro-batch, but for a long example alone.
         length: tokens of a typical sequence.
+        compiles: whether blocks are compiled.
     """
 
     device: torch.device
@@ -55,9 +60,12 @@ class ParallelSettings:
     schedule: str = "1f1b"
     micro_batch_tokens: int = 0
     length: int = 0
+    compiles: bool = False
 
 
-def check_layout(config: TransformerConfig, layout: Layout, schedule: str) -> None:
+def check_layout(
+    config: TransformerConfig, layout: Layout, schedule: str, *, compiles: bool = False
+) -> None:
     """Refuses a layout that a model cannot be spread by.
 
     Raises:
@@ -66,6 +74,11 @@ def check_layout(config: TransformerConfig, layout: Layout, schedule: str) -> No
     check_sharing(config, tensor=layout.tensor, context=layout.context)
     if layout.pipeline == 1:
         return
+    if compiles and schedule == "zero-bubble":
+        raise UsageError(
+            "torch cannot cut the backward of compiled blocks in two: leave out train.compile or "
+            "the schedule zero-bubble."
+        )
     if config.architecture == "encoder_decoder":
         raise UsageError("an encoder_decoder cannot be cut into stages: leave out pipeline.")
     costs = stage_costs(config)
@@ -84,16 +97,20 @@ def apply_parallel(model: Transformer, ranks: Ranks, settings: ParallelSettings)
 
     Raises:
         UsageError: the model cannot be spread by this layout.
+        MachineError: blocks are to be compiled, and there is nothing to do so with.
     """
-    parallel = _spread(model, ranks, settings) if isinstance(ranks, World) else None
-    parallel = parallel or DataParallel(model, ranks)
+    if isinstance(ranks, World):
+        parallel = _spread(model, ranks, settings)
+    else:
+        _compile(model, settings)
+        parallel = DataParallel(model, ranks)
     parallel.computing = settings.computing
     return parallel
 
 
-def _spread(model: Transformer, ranks: World, settings: ParallelSettings) -> DataParallel | None:
+def _spread(model: Transformer, ranks: World, settings: ParallelSettings) -> DataParallel:
     layout, mesh = ranks.layout, ranks.weights_mesh
-    check_layout(model.config, layout, settings.schedule)
+    check_layout(model.config, layout, settings.schedule, compiles=settings.compiles)
     # torch warns where weights that are both sharded and split are gathered axis by axis.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     schedule = find_schedule(settings.schedule)
@@ -108,6 +125,7 @@ def _spread(model: Transformer, ranks: World, settings: ParallelSettings) -> Dat
         model.row_multiple = num_row_shares
         if layout.tensor > 1:
             apply_tensor_parallel(model, roles, mesh["tensor"])
+    _compile(model, settings)
     if layout.pipeline == 1:
         inner = _apply_data_parallel(model, ranks)
         return DividedRows(model, ranks, inner) if num_row_shares > 1 else inner
@@ -124,6 +142,30 @@ def _spread(model: Transformer, ranks: World, settings: ParallelSettings) -> Dat
         computing=settings.computing,
     )
     return Pipelined(model, ranks, pipeline)
+
+
+def _compile(model: Transformer, settings: ParallelSettings) -> None:
+    """Compiles the blocks in place, for streams of any length.
+
+    Raises:
+        MachineError: there is nothing to compile with.
+    """
+    if not settings.compiles:
+        return
+    if settings.device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):
+        raise MachineError(
+            f"train.compile needs a C++ compiler on a CPU ({' or '.join(_COMPILERS)}): install "
+            "one, or leave it out."
+        )
+    # What it cannot put into its cache it compiles again in the next run; that is all.
+    logging.getLogger("torch._functorch._aot_autograd.autograd_cache").setLevel(logging.ERROR)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for attention in filter(None, (block.attention, block.source_attention)):
+            # Its groups differ from batch to batch, and its kernels have nothing left to fuse.
+            plain = torch.compiler.disable(attention.core.forward)
+            attention.core.forward = plain  # pyright: ignore[reportAttributeAccessIssue]
+        block.compile(dynamic=True)
 
 
 def _apply_data_parallel(model: Transformer, ranks: World) -> DataParallel:

@@ -3,7 +3,7 @@
     launch(command, 4) -> torch.distributed.elastic agent -> 4 processes with RANK, WORLD_SIZE ...
                                                           -> all end -> exit code of the run
 
-The agent ends the others as soon as one has failed, at first politely, then by SIGKILL.
+The agent ends the others as soon as one has failed; those that do not end are killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from hasten.core.errors import LostProcessError, MachineError
-from hasten.parallel.heartbeat import FOLDER_VARIABLE, watching
+from hasten.parallel.heartbeat import FOLDER_VARIABLE, Watched, watching
 
-_SHUTDOWN_SECONDS = 15
+# For a signal from outside, after which the processes save. Where one has failed, those that cannot
+# end are killed sooner: see heartbeat.watching.
+_SHUTDOWN_SECONDS = 120
 _TOLD_ALREADY = frozenset({2, 3, 4, 5, 6, 8})
 """Exit codes with which a process has said itself what was wrong."""
+_SIGNALLED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def launch(
@@ -59,7 +63,7 @@ def launch(
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory() as signs,
-        watching(Path(signs), timeout_seconds) as hung,
+        watching(Path(signs), timeout_seconds) as watched,
         _environment({"OMP_NUM_THREADS": str(num_threads), FOLDER_VARIABLE: signs}),
     ):
         config = LaunchConfig(
@@ -78,14 +82,16 @@ def launch(
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
-            return _exit_code(error.failures, hung)
+            failures = error.failures
         except SignalException as stop:
             return 128 + int(stop.sigval)
         except (RuntimeError, OSError) as error:
             raise MachineError(
                 f"{num_processes} processes cannot be started: {str(error).splitlines()[0]}"
             ) from error
-    return 0
+        else:
+            return 0
+    return _exit_code(failures, watched)
 
 
 @contextmanager
@@ -100,33 +106,42 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _exit_code(failures: Mapping[int, Any], hung: Mapping[int, float]) -> int:
+def _exit_code(failures: Mapping[int, Any], watched: Watched) -> int:
     """Returns the exit code of the process that failed first, which has told why.
 
     Args:
         failures: of the last start of the processes, by rank.
-        hung: ranks that were killed because they gave no sign of life, and for how long.
+        watched: what the watcher has done and seen.
 
     Raises:
-        LostProcessError: none has told anything.
+        LostProcessError: a process was lost, or failed for no reason that a person could help.
     """
     for failure in failures.values():
         if failure.exitcode in _TOLD_ALREADY:
             return failure.exitcode
 
-    def order(item: tuple[int, Any]) -> tuple[bool, float]:
-        # Those that lost their neighbour fail as well, and the agent sends SIGTERM to the rest.
-        return item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM, item[1].timestamp
+    def order(item: tuple[int, Any]) -> tuple[int, float]:
+        rank, code = item[0], item[1].exitcode
+        # Those that lost others end as well; the agent sends SIGTERM to the rest, and those that do
+        # not end then are killed.
+        if rank in watched.stopped:
+            return 3, item[1].timestamp
+        if code == LostProcessError.exit_code:
+            return 2, item[1].timestamp
+        return int(code in (-signal.SIGTERM, *_SIGNALLED)), item[1].timestamp
 
     rank, failure = min(failures.items(), key=order)
-    if failure.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if failure.exitcode in _SIGNALLED:
         return failure.exitcode
-    if rank in hung:
-        how = f"gave no sign of life for {hung[rank]:.0f} s and was killed"
+    if rank in watched.hung:
+        how = f"gave no sign of life for {watched.hung[rank]:.0f} s and was killed"
     elif failure.exitcode < 0:
         how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+    elif rank in watched.causes:
+        how = f"failed with {watched.causes[rank]}"
     else:
         how = f"ended with exit code {failure.exitcode}"
     raise LostProcessError(
-        f"rank {rank} (process {failure.pid} on this machine) {how}; the others were stopped."
+        f"rank {rank} (process {failure.pid} on {socket.gethostname()}) {how}; the others were "
+        "stopped."
     )

@@ -172,9 +172,9 @@ def describe_traffic(traffic: Traffic) -> str:
         return "nothing is sent"
     ordered = sorted(KINDS, key=traffic.sent_bytes, reverse=True)
     amounts = [(_NAMES[kind], traffic.sent_bytes(kind)) for kind in ordered]
-    shown = ", ".join(f"{_amount(n)} {name}" for name, n in amounts if n >= _SMALL)
+    shown = ", ".join(f"{amount(n)} {name}" for name, n in amounts if n >= _SMALL)
     shown = shown or f"mostly {amounts[0][0]}"
-    return f"each process sends about {_amount(traffic.sent_bytes())} a step: {shown}"
+    return f"each process sends about {amount(traffic.sent_bytes())} a step: {shown}"
 
 
 _SMALL = 50_000
@@ -188,7 +188,8 @@ _NAMES: Mapping[Kind, str] = {
 }
 
 
-def _amount(num_bytes: float) -> str:
+def amount(num_bytes: float) -> str:
+    """Returns bytes as a person writes them: 1.2 GB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"

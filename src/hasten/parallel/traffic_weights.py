@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -88,8 +89,7 @@ def held_model(
         schedule: of a pipeline.
         stage_rank: place of the process in its pipeline.
     """
-    with torch.device("meta"):
-        model = Transformer.from_config(config)
+    model = _without_memory(config)
     roles = declare_roles(model)
     own, first, last, stages = _own_blocks(config, layout, schedule, stage_rank)
     weights, num_blocks = [], [0, 0]
@@ -110,6 +110,13 @@ def held_model(
             HeldWeight(name, tuple(shape), tuple(parameter.shape), dim, block, role in _NORMS)
         )
     return HeldModel(tuple(weights), (num_blocks[0], num_blocks[1]), first, last, stages)
+
+
+@lru_cache(maxsize=8)
+def _without_memory(config: TransformerConfig) -> Transformer:
+    """Returns a model to look at; many layouts may be asked about."""
+    with torch.device("meta"):
+        return Transformer.from_config(config)
 
 
 def _split_dim(role: Role | None, kind: str) -> int | None:

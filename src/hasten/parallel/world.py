@@ -10,28 +10,30 @@ Objects travel as bytes between processes of one program; nothing of that is wri
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from hasten.core.errors import HastenError, MachineError, UsageError
+from hasten import __version__
+from hasten.core.errors import HastenError, UsageError
 from hasten.core.ranks import ALONE, Ranks
+from hasten.parallel.agreement import TIMEOUT, Facts, cannot_join, meet, open_store
 from hasten.parallel.heartbeat import lost
+from hasten.parallel.hosts import CLOSED, prepare, watched
 from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.place import Place, find_place
 
 T = TypeVar("T")
 
-# How far processes may fall behind each other. What one does for all may take longer: see on_main.
-_TIMEOUT = timedelta(minutes=10)
 _POLL_SECONDS = 0.02
 
 
@@ -42,6 +44,7 @@ class World(Ranks):
         place: of this one.
         layout: what each is for.
         device_type: cpu or cuda.
+        hosts: of all of them, in the order of ranks.
 
     Attributes:
         weights_mesh: axes ``pipeline``, ``replicate`` and ``shard``, whose processes have examples
@@ -49,30 +52,40 @@ class World(Ranks):
         rows_mesh: axes ``pipeline``, ``share`` (of a batch), ``context`` and ``tensor``.
     """
 
-    def __init__(self, place: Place, layout: Layout, device_type: str) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-
+    def __init__(
+        self, place: Place, layout: Layout, device_type: str, hosts: Sequence[str]
+    ) -> None:
         self.rank, self.size = place.rank, place.size
-        self.place, self.layout = place, layout
-        shares, context, tensor = layout.num_batch_shares, layout.context, layout.tensor
-        # Processes with other examples or other rows are one axis for weights and gradients.
-        self.weights_mesh = init_device_mesh(
-            device_type,
-            (layout.pipeline, layout.replicate, layout.shard * context, tensor),
-            mesh_dim_names=("pipeline", "replicate", "shard", "tensor"),
-        )
-        self.rows_mesh = init_device_mesh(
-            device_type,
-            (layout.pipeline, shares, context, tensor),
-            mesh_dim_names=("pipeline", "share", "context", "tensor"),
-        )
+        self.place, self.hosts = place, hosts
         self._device = torch.device(device_type)
+        self.arrange(layout)
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._num_waits = 0
         main: list[Any] = [_process_table(), os.getpid()]
         torch.distributed.broadcast_object_list(main)
         # Processes of other hosts and containers cannot be looked at; the store tells of those.
         self._main_process = main[1] if main[0] == _process_table() else None
+
+    def arrange(self, layout: Layout) -> None:
+        """Gives all processes, at once, what each is for."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.layout = layout
+        shares, context, tensor = layout.num_batch_shares, layout.context, layout.tensor
+        # Processes with other examples or other rows are one axis for weights and gradients.
+        self.weights_mesh = init_device_mesh(
+            self._device.type,
+            (layout.pipeline, layout.replicate, layout.shard * context, tensor),
+            mesh_dim_names=("pipeline", "replicate", "shard", "tensor"),
+        )
+        self.rows_mesh = init_device_mesh(
+            self._device.type,
+            (layout.pipeline, shares, context, tensor),
+            mesh_dim_names=("pipeline", "share", "context", "tensor"),
+        )
+        for mesh in (self.weights_mesh, self.rows_mesh):
+            for group in mesh.get_all_groups():  # which would wait for half an hour
+                torch.distributed.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
     @property
     def stage_size(self) -> int:
@@ -147,6 +160,24 @@ class World(Ranks):
             torch.distributed.broadcast_object_list(told)
         return told[0]
 
+    def assemble(self, value: T) -> list[T]:
+        """As ``gather``, for values that some have long before others.
+
+        Args:
+            value: as JSON can hold it.
+        """
+        self._num_waits += 1
+        keys = [f"hasten/assemble/{self._num_waits}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], json.dumps(value))
+
+        def collect() -> list[T]:
+            for key in keys:
+                while not self._store.check([key]):
+                    time.sleep(_POLL_SECONDS)
+            return [json.loads(self._store.get(key)) for key in keys]
+
+        return self.on_main(collect)
+
     def _is_set(self, key: str) -> bool:
         """Looks whether rank 0 has set a key of the store.
 
@@ -199,64 +230,84 @@ def _process_table() -> tuple[str, str]:
     return socket.gethostname(), str(namespace.readlink()) if namespace.is_symlink() else ""
 
 
-def _open_store(place: Place) -> torch.distributed.Store:
-    """Connects to where the processes find each other.
-
-    torchrun keeps its own for all attempts, and what an earlier attempt left there would lead to
-    processes that have gone.
-    """
-    is_own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = torch.distributed.TCPStore(
-        place.address,
-        place.port,
-        place.size,
-        is_master=is_own and place.rank == 0,
-        timeout=_TIMEOUT,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return torch.distributed.PrefixStore(f"hasten/attempt {attempt}", store)
-
-
 @contextmanager
-def joined(layout: str, num_processes: int | None, device_type: str) -> Iterator[Ranks]:
+def joined(
+    layout: str, num_processes: int | None, device_type: str, timeout_seconds: float = 20.0
+) -> Iterator[Ranks]:
     """Joins the processes that were started together, for the time of a ``with`` block.
 
     Args:
         layout: as for ``choose_layout``.
         num_processes: how many were asked for; None where that was left open.
         device_type: cpu or cuda.
+        timeout_seconds: longest time without a sign of life of another process.
 
     Raises:
-        UsageError: the layout does not fit the processes, or these are not those asked for.
-        MachineError: rank 0 cannot be reached, or its port is taken.
+        UsageError: the layout does not fit the processes, these are not those asked for, or they
+            were started differently.
+        MachineError: rank 0 cannot be reached, its port is taken, or versions differ.
+        LostProcessError: another process has gone.
+        SystemExit: rank 0 says why.
     """
     place = find_place()
     if place is None or place.size == 1:
         choose_layout(layout, 1)
         yield ALONE
         return
-    if num_processes not in (None, place.size):
-        raise UsageError(
-            f"--processes {num_processes}, but {place.size} processes were started together: "
-            "leave it out under torchrun or srun."
-        )
-    chosen = choose_layout(layout, place.size)
+    own = Facts(
+        host=socket.gethostname(),
+        hasten=__version__,
+        torch=torch.__version__,
+        python=".".join(platform.python_version_tuple()[:2]),
+        layout=layout,
+        device=device_type,
+    )
+    store = open_store(place)
+    try:
+        prepare(store, place.rank)
+        hosts = meet(store, place, own, lambda: _check_number(place.size, layout, num_processes))
+    except RuntimeError as error:
+        raise lost("rank 0", place.rank) from error
     if device_type == "cuda":
         torch.cuda.set_device(place.local_rank)
+    with watched(store, place.rank, hosts, timeout_seconds):
+        try:
+            _begin(place, store, device_type)
+            yield World(place, choose_layout(layout, place.size), device_type, hosts)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def _begin(place: Place, store: torch.distributed.Store, device_type: str) -> None:
+    """Makes the group of all processes.
+
+    Raises:
+        MachineError: there is no way between them.
+    """
     try:
         torch.distributed.init_process_group(
             "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl",
-            store=_open_store(place),
+            store=store,
             rank=place.rank,
             world_size=place.size,
-            timeout=_TIMEOUT,
+            timeout=TIMEOUT,
         )
     except (RuntimeError, OSError) as error:
-        raise MachineError(
-            f"rank {place.rank} on {socket.gethostname()} cannot join the run at "
-            f"{place.address}:{place.port}: {str(error).splitlines()[0]}"
-        ) from error
-    try:
-        yield World(place, chosen, device_type)
-    finally:
-        torch.distributed.destroy_process_group()
+        if CLOSED.search(str(error)):
+            raise  # it is another that has gone
+        raise cannot_join(place, str(error).splitlines()[0]) from error
+
+
+def _check_number(size: int, layout: str, wanted: int | None) -> None:
+    """Refuses another number of processes than was asked for.
+
+    Raises:
+        UsageError: saying what would fit.
+    """
+    if wanted not in (None, size):
+        raise UsageError(
+            f"--processes {wanted}, but {size} processes were started together: leave it out under "
+            "torchrun or srun."
+        )
+    choose_layout(layout, size)

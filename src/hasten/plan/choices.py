@@ -115,6 +115,8 @@ def choose_for_task(
 def choose_processes(config: RunConfig) -> tuple[RunConfig, list[Choice]]:
     """Returns the configuration with the number of processes and what each is for.
 
+    For several processes the layout is left open where it was: see ``spread``.
+
     Raises:
         UsageError: they do not fit each other, or the optimizer cannot work in shards.
     """
@@ -128,14 +130,11 @@ def choose_processes(config: RunConfig) -> tuple[RunConfig, list[Choice]]:
         )
     reason = f"as --parallel {layout} says"
     if config.parallel.layout == "auto":
-        reason = "one process; --processes starts more" if layout.size == 1 else "whole copies"
-    return _apply(
-        config,
-        (
-            Choice("parallel.processes", layout.size, reason),
-            Choice("parallel.layout", str(layout), reason),
-        ),
-    )
+        reason = "one process; --processes starts more"
+    wanted = [Choice("parallel.processes", layout.size, reason)]
+    if config.parallel.layout != "auto" or layout.size == 1:
+        wanted.append(Choice("parallel.layout", str(layout), reason))
+    return _apply(config, wanted)
 
 
 def _apply(config: RunConfig, wanted: Iterable[Choice]) -> tuple[RunConfig, list[Choice]]:

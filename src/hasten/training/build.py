@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hasten.config.load import replace_values
@@ -29,8 +29,9 @@ from hasten.optim.averaging import WeightAverage
 from hasten.optim.optimizers import build_optimizer, parameter_groups, split_parameters
 from hasten.optim.schedules import PlateauSettings, Schedule, build_schedule
 from hasten.parallel.apply import ParallelSettings, apply_parallel, check_layout
-from hasten.parallel.layout import Layout, choose_layout
-from hasten.parallel.traffic import StepShape, describe_traffic, step_traffic
+from hasten.parallel.layout import choose_layout
+from hasten.parallel.resources import Resources, assumed_resources
+from hasten.parallel.traffic import describe_traffic, step_traffic
 from hasten.plan.choices import (
     Choice,
     DataFacts,
@@ -38,7 +39,9 @@ from hasten.plan.choices import (
     choose_for_task,
     choose_processes,
 )
+from hasten.plan.memory import Load
 from hasten.plan.probe import choose_precision
+from hasten.plan.spread import Spread, choose_spread
 from hasten.task.contract import Task
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
@@ -49,6 +52,7 @@ from hasten.training.sources import open_sources, warn_about_rows
 from hasten.training.step import Parts, StepSettings
 
 _MAX_EVALUATIONS = 100
+_MAX_LENGTHS = 1024
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,14 @@ class Plan:
         return max(1, round(settled(self.config.train.epochs) * self.steps_per_epoch))
 
 
-def plan_run(config: RunConfig, observer: Observer) -> Plan:
+def plan_run(config: RunConfig, observer: Observer, resources: Resources | None = None) -> Plan:
     """Prepares the data and makes every automatic choice.
+
+    Args:
+        config: of the run, as it was asked for.
+        observer: told of each choice.
+        resources: of the processes, where there are several and their layout is open; None for
+            what they would have on this host.
 
     Raises:
         HastenError: whatever would keep the run from starting.
@@ -106,37 +116,54 @@ def plan_run(config: RunConfig, observer: Observer) -> Plan:
         observer.warn(slow)
     if config.train.precision == "auto":
         of_data.append(Choice("train.precision", precision, precision_reason))
+    config = replace_values(config, {"train.device": device.type, "train.precision": precision})
+    plan = Plan(config, choices, data, device)
+    if config.parallel.layout == "auto":
+        found = choose_layout_of(plan, resources)
+        if found.warning:
+            observer.warn(found.warning)
+        of_data.append(Choice("parallel.layout", str(found.layout), found.reason))
+        config = replace_values(config, {"parallel.layout": str(found.layout)})
     chosen = [Choice("train.device", device.type, device_reason), *of_processes, *of_task, *of_data]
     for reason, some in itertools.groupby(chosen, lambda choice: choice.reason):
         settings = ", ".join(f"{choice.key} {_shown(choice.value)}" for choice in some)
         observer.note(f"{settings} ({reason})")
     choices += chosen
-    config = replace_values(config, {"train.device": device.type, "train.precision": precision})
     layout = choose_layout(config.parallel.layout, None)
     model_config = _model_config(config, data.task)
-    check_layout(model_config, layout, config.parallel.schedule)
+    check_layout(model_config, layout, config.parallel.schedule, compiles=config.train.compile)
     if layout.size > 1:
-        observer.note(_described_traffic(config, model_config, layout))
+        shape = _load(plan).step_shape(model_config, layout)
+        observer.note(describe_traffic(step_traffic(model_config, layout, shape)))
     return Plan(config, choices, with_drawing(data, config), device)
 
 
-def _described_traffic(config: RunConfig, model: TransformerConfig, layout: Layout) -> str:
-    """Returns what a process sends in a step of average size."""
-    own_tokens = settled(config.train.tokens_per_step) / layout.num_batch_shares
-    pieces = math.ceil(own_tokens / settled(config.train.micro_batch_tokens))
-    has_source = model.architecture == "encoder_decoder"
-    tokens = math.ceil(own_tokens / pieces / (1 + has_source))
-    shape = StepShape(
-        tokens=tokens,
-        num_micro_batches=pieces,
-        source_tokens=tokens * has_source,
-        product_bytes=4 if config.train.precision == "float32" else 2,
+def choose_layout_of(plan: Plan, resources: Resources | None = None) -> Spread:
+    """Returns the layout for the processes of a run, whose other choices are made."""
+    size = settled(plan.config.parallel.processes)
+    resources = resources or assumed_resources(size, plan.device)
+    config = _model_config(plan.config, plan.data.task)
+    return choose_spread(config, size, _load(plan), resources)
+
+
+def _load(plan: Plan) -> Load:
+    """Returns what a run asks of its processes."""
+    config, lengths = plan.config, plan.data.splits["train"].lengths
+    at = np.linspace(0, len(lengths) - 1, min(len(lengths), _MAX_LENGTHS)).astype(int)
+    return Load(
+        tokens_per_step=settled(config.train.tokens_per_step),
+        micro_batch_tokens=settled(config.train.micro_batch_tokens),
+        lengths=tuple(np.sort(lengths)[at].tolist()),
+        precision=settled(config.train.precision),
+        device_type=plan.device.type,
         recompute=config.train.recompute,
-        smooths_labels=bool(settled(config.train.label_smoothing)),
+        label_smoothing=settled(config.train.label_smoothing),
         optimizer=settled(config.optim.optimizer),
+        momentum=config.optim.momentum,
+        averages=settled(config.train.ema_decay) > 0,
+        keeps_best=len(plan.data.splits["validation"]) > 0,
         schedule=config.parallel.schedule,
     )
-    return describe_traffic(step_traffic(model, layout, shape))
 
 
 def _check_evaluation(config: RunConfig, task: type[Task]) -> None:
@@ -252,6 +279,7 @@ def _parallel_settings(plan: Plan) -> ParallelSettings:
         schedule=config.parallel.schedule,
         micro_batch_tokens=settled(config.train.micro_batch_tokens),
         length=round(float(plan.data.splits["train"].lengths.mean())),
+        compiles=config.train.compile,
     )
 
 

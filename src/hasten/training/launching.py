@@ -16,6 +16,7 @@ from pathlib import Path
 from hasten.config.load import config_to_yaml
 from hasten.config.schema import ParallelConfig, RunConfig
 from hasten.core.errors import LostProcessError, UsageError
+from hasten.parallel.heartbeat import SIGN_FIRST
 from hasten.parallel.launch import launch
 from hasten.parallel.layout import choose_layout
 from hasten.parallel.place import find_place
@@ -76,7 +77,7 @@ def launch_training(
                 what += ["--output", str(folder)]
             try:
                 return launch(
-                    [sys.executable, "-m", "hasten", "train", *what, *flags],
+                    [*SIGN_FIRST, sys.executable, "-m", "hasten", "train", *what, *flags],
                     count,
                     num_threads=max(1, available_cores() // count),
                     timeout_seconds=config.parallel.timeout_seconds,

@@ -3,7 +3,7 @@
     order of the epoch -> step -> report -> evaluate -> best model -> checkpoint -> stop?
 
 Its state is ``TrainState`` plus tensors, its place in the data is the step number. Whatever kills
-it, ``resume_loop`` goes on from the newest checkpoint to the same final weights, bit for bit on
+it, ``Loop.resume`` goes on from the newest checkpoint to the same final weights, bit for bit on
 CPU.
 """
 
@@ -16,16 +16,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.core.errors import DivergenceError
 from hasten.core.ranks import Ranks
-from hasten.core.shards import is_sharded, placed_like
+from hasten.core.shards import is_sharded
 from hasten.data.examples import Examples
 from hasten.data.order import plan_epoch, steps_per_epoch
 from hasten.model.search import DecodingSettings
@@ -36,16 +36,11 @@ from hasten.optim.state import (
     restrict_optimizer_state,
 )
 from hasten.task.contract import Machine, Meter
-from hasten.training.checkpoint import (
-    Checkpoint,
-    copy_into,
-    gather_tensors,
-    load_newest_checkpoint,
-    save_checkpoint,
-)
+from hasten.training.checkpoint import open_newest_checkpoint
 from hasten.training.evaluate import evaluate
 from hasten.training.observe import EvaluationInfo, MetricsLog, Observer, StepInfo
 from hasten.training.precision import first_loss_scale, next_loss_scale
+from hasten.training.saving import CheckpointSaver
 from hasten.training.state import TrainState
 from hasten.training.step import Parts, StepResult, run_step
 
@@ -102,6 +97,7 @@ class Loop:
         state: where the run stands.
         best: weights of the best model so far.
         pace: what has happened since the last report.
+        saver: writes checkpoints while training goes on.
     """
 
     parts: Parts
@@ -113,53 +109,48 @@ class Loop:
     state: TrainState = field(default_factory=TrainState)
     best: dict[str, Tensor] = field(default_factory=dict)
     pace: Pace = field(init=False)
+    saver: CheckpointSaver = field(init=False)
 
     def __post_init__(self) -> None:
         """Begins to count."""
+        self.saver = CheckpointSaver(self.folder / "checkpoints", self.parts.parallel.ranks)
         self.pace = Pace(self.parts.task.new_meter())
         self.state.loss_scale = first_loss_scale(self.parts.settings.precision)
 
     def resume(self) -> int:
-        """Puts the newest checkpoint back; returns the length metrics.jsonl had then."""
-        checkpoint = load_newest_checkpoint(self.folder / "checkpoints")
+        """Puts the newest checkpoint back; returns the length metrics.jsonl had then.
+
+        Each process reads what it has of the weights, into its own storage: where a matrix starts
+        in memory changes the last bits of its products.
+        """
+        parts, ranks = self.parts, self.parts.parallel.ranks
+        checkpoint = open_newest_checkpoint(self.folder / "checkpoints", ranks)
         if checkpoint is None:
             return 0
         tensors, scalars = checkpoint.tensors, checkpoint.scalars
-        if self._is_stage:
-            tensors, scalars = self._of_stage(tensors, scalars)
-        copy_into(self.parts.model, tensors["model"], "the checkpoint")
-        load_optimizer_state(self.parts.optimizer, tensors["optimizer"], scalars["optimizer"])
-        self.parts.schedule.load_state_dict(scalars["schedule"])
-        if self.parts.average is not None:
-            self.parts.average.load(tensors["average"], scalars["average"])
-        own = self.parts.model.state_dict()
-        self.best = {
-            name: placed_like(tensor, own[name]) for name, tensor in tensors.get("best", {}).items()
-        }
-        self.state = TrainState.from_dict(scalars["state"])
-        self.pace.load(tensors["pace"], with_meter=self.parts.parallel.ranks.is_main)
-        return int(scalars["metrics_bytes"])
-
-    @property
-    def _is_stage(self) -> bool:
-        """Whether this process has only some of the weights."""
-        ranks = self.parts.parallel.ranks
-        return ranks.stage_size < ranks.size
-
-    def _of_stage(
-        self, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, Any]
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Returns what of a checkpoint this process's stage needs."""
-        own = self.parts.model.state_dict().keys()
-        kept = {
-            group: {name: t for name, t in some.items() if name in own}
-            for group, some in tensors.items()
-        }
-        kept["pace"] = tensors["pace"]
-        kept["optimizer"], optimizer = restrict_optimizer_state(
-            tensors["optimizer"], scalars["optimizer"], own
+        own = dict(parts.model.state_dict())
+        checkpoint.read("model", own)
+        load_optimizer_state(
+            parts.optimizer,
+            *restrict_optimizer_state(tensors.get("optimizer", {}), scalars["optimizer"], own),
+            fill=partial(checkpoint.read, "optimizer"),
         )
-        return kept, {**scalars, "optimizer": optimizer}
+        parts.schedule.load_state_dict(scalars["schedule"])
+        if parts.average is not None:
+            averages = {n: torch.empty_like(t) for n, t in parts.average.tensors().items()}
+            checkpoint.read("average", averages)
+            parts.average.load(averages, scalars["average"])
+        if "best" in tensors:
+            self.best = {
+                n: torch.empty_like(t, device=None if is_sharded(t) else "cpu")
+                for n, t in own.items()
+            }
+            checkpoint.read("best", self.best)
+        self.state = TrainState.from_dict(scalars["state"])
+        pace = {n: torch.empty_like(t, device="cpu") for n, t in tensors["pace"].items()}
+        checkpoint.read("pace", pace)
+        self.pace.load(pace, with_meter=ranks.speaks_for_share and ranks.of_batch.rank == 0)
+        return int(scalars["metrics_bytes"])
 
     def run(self, log: MetricsLog) -> None:
         """Trains to the end.
@@ -167,12 +158,12 @@ class Loop:
         Raises:
             DivergenceError: several steps in a row were not finite.
             Interrupted: a signal arrived; a checkpoint was written first.
-            MachineError: a checkpoint cannot be written.
+            MachineError: a checkpoint cannot be written; it is said at the end of a later step.
         """
         state, settings, ranks = self.state, self.settings, self.parts.parallel.ranks
         per_epoch = steps_per_epoch(self.train.lengths, settings.tokens_per_step)
         saved_at, epoch, batches, train = time.monotonic(), -1, [], self.train
-        with _signals() as received:
+        with _signals() as received, self.saver:
             while state.step < settings.total_steps and not state.stopped_early:
                 if epoch != state.step // per_epoch:
                     epoch = state.step // per_epoch
@@ -213,49 +204,40 @@ class Loop:
                     self._evaluate(per_epoch, log)
                 late = time.monotonic() - saved_at > settings.checkpoint_seconds
                 # Clocks and signals differ among processes: what one has seen, all have.
-                late, stops, terminates = ranks.any(
-                    [late, bool(received), signal.SIGTERM in received]
+                late, stops, terminates, are_writing = ranks.any(
+                    [late, bool(received), signal.SIGTERM in received, self.saver.is_writing]
                 )
+                if not are_writing:
+                    self.saver.commit()
                 if due or late or stops:
                     self.save(log)
                     saved_at = time.monotonic()
                 if stops:
+                    self.saver.finish()
                     number = signal.SIGTERM if terminates else signal.SIGINT
                     raise Interrupted(number, self.folder)
 
     def save(self, log: MetricsLog) -> None:
-        """Writes a checkpoint of everything that ``resume`` puts back, whatever the layout then.
-
-        All processes gather what they hold in parts; rank 0 writes.
-        """
-        ranks = self.parts.parallel.ranks
+        """Begins a checkpoint of everything that ``resume`` puts back, whatever the layout then."""
+        ranks, average = self.parts.parallel.ranks, self.parts.average
         optimizer_tensors, optimizer_scalars = flatten_optimizer_state(self.parts.optimizer)
         tensors = {
             "model": dict(self.parts.model.state_dict()),
             "optimizer": optimizer_tensors,
             "pace": self.pace.tensors(ranks),
+            "average": average.tensors() if average is not None else {},
+            "best": self.best,
         }
-        average = self.parts.average
-        if average is not None:
-            tensors["average"] = average.tensors()
-        if self.best:
-            tensors["best"] = self.best
         scalars = {
             "state": self.state.as_dict(),
-            "optimizer": optimizer_scalars,
+            "optimizer": merge_optimizer_scalars(
+                ranks.gather((list(optimizer_tensors), optimizer_scalars))
+            ),
             "schedule": self.parts.schedule.state_dict(),
             "average": average.scalars() if average is not None else None,
             "metrics_bytes": log.length(),
         }
-        tensors = {group: gather_tensors(some, ranks) for group, some in tensors.items()}
-        if self._is_stage:
-            scalars["optimizer"] = merge_optimizer_scalars(
-                ranks.gather(optimizer_scalars), len(tensors["optimizer"])
-            )
-        checkpoint = Checkpoint(tensors, scalars)
-        ranks.on_main(
-            lambda: save_checkpoint(self.folder / "checkpoints", self.state.step, checkpoint)
-        )
+        self.saver.begin(self.state.step, tensors, scalars)
 
     def _lower_scale(self, log: MetricsLog) -> None:
         """Counts a step that was skipped because it overflowed in float16; the next tries less."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,23 @@ import torch
 
 from hasten.config.load import replace_values
 from hasten.config.schema import ParallelConfig, RunConfig
-from hasten.core.errors import OutOfMemoryError, UsageError
-from hasten.core.files import FileLock, machine_errors, remove_partials
+from hasten.core.errors import DataError, OutOfMemoryError, UsageError
+from hasten.core.files import FileLock, file_hash, machine_errors, remove_partials
 from hasten.core.ranks import Ranks
 from hasten.data.cache import clear_leftovers, folder_for_stdin
 from hasten.data.rows import spool_standard_input
-from hasten.parallel.heartbeat import beating, lost
+from hasten.parallel.agreement import unequal_files
 from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.place import find_place
+from hasten.parallel.resources import Resources, measure_resources
 from hasten.parallel.world import World, joined
-from hasten.training.build import Plan, available_cores, build_loop, plan_run
+from hasten.training.build import (
+    Plan,
+    available_cores,
+    build_loop,
+    choose_layout_of,
+    plan_run,
+)
 from hasten.training.finish import finish_run
 from hasten.training.folder import (
     check_data_unchanged,
@@ -47,9 +53,6 @@ from hasten.training.prepare import prepare_data, with_drawing
 from hasten.training.saved import load_tokenizers
 from hasten.training.sources import open_sources
 
-# What gloo and NCCL write when the other end of a connection has gone.
-_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)", re.IGNORECASE)
-
 
 def start_run(config: RunConfig, output: str | Path | None, observer: Observer) -> dict[str, Any]:
     """Trains a new run to its end; returns its result as JSON values.
@@ -62,10 +65,11 @@ def start_run(config: RunConfig, output: str | Path | None, observer: Observer) 
         return resume_run(Path(output), observer)
     with _joined(config) as ranks, _computing(config), _spooled(config) as config:
         begun: list[tuple[Plan, Loop]] = []
+        resources = _measured(config, ranks)
 
         def begin() -> Path:
             folder = choose_folder(output, config.data)
-            plan = plan_run(_with_layout(config, ranks), observer)
+            plan = plan_run(_with_layout(config, ranks), observer, resources)
             loop = build_loop(plan, folder, observer)  # settings that do not fit leave no folder
             final = create_folder(folder, plan.config, plan.choices, plan.data, plan.device)
             observer.note(f"run folder: {folder}")
@@ -77,9 +81,11 @@ def start_run(config: RunConfig, output: str | Path | None, observer: Observer) 
             plan, loop = begun[0]
             return _train(loop, plan)
         # The others go on as a resumed run does: from what the folder says.
+        _agree_on_files(folder, ranks)
         plan = begun[0][0] if begun else _saved_plan(folder)
         begun.clear()
-        return _train(build_loop(plan, folder, _heard(observer, ranks), ranks), plan)
+        _arrange(ranks, plan)
+        return _train(_build_together(plan, folder, observer, ranks), plan)
 
 
 def resume_run(
@@ -97,11 +103,20 @@ def resume_run(
         DamagedError: a checkpoint is damaged.
     """
     config = resumed_config(folder, parallel)
+
+    def refuse_early() -> None:
+        lock_folder(folder).release()
+        check_data_unchanged(read_folder(folder)[1])
+
     with _joined(config) as ranks, _computing(config):
-        if ranks.is_main:
-            lock_folder(folder).release()  # refuse early, before the work of preparing
+        ranks.on_main(refuse_early)
+        _agree_on_files(folder, ranks)
+        resources = _measured(config, ranks)
         plan = _saved_plan(folder, _with_layout(config, ranks))
-        return _train(build_loop(plan, folder, _heard(observer, ranks), ranks), plan)
+        if resources is not None:
+            plan = _with_new_layout(plan, ranks, resources, observer)
+        _arrange(ranks, plan)
+        return _train(_build_together(plan, folder, observer, ranks), plan)
 
 
 def resumed_config(folder: Path, parallel: ParallelConfig | None = None) -> RunConfig:
@@ -117,6 +132,12 @@ def resumed_config(folder: Path, parallel: ParallelConfig | None = None) -> RunC
     place = find_place()
     if parallel is None and place is not None and place.size != config.parallel.processes:
         parallel = ParallelConfig()  # torchrun or srun has decided
+    if parallel is not None and (parallel.processes, parallel.layout) == (
+        config.parallel.processes,
+        "auto",
+    ):
+        # As many as before: what was chosen for them stays.
+        parallel = parallel.model_copy(update={"layout": config.parallel.layout})
     if parallel is None or parallel == config.parallel:
         return config
     values = {f"parallel.{name}": value for name, value in parallel.model_dump().items()}
@@ -130,11 +151,43 @@ def speaks() -> bool:
 
 
 def _with_layout(config: RunConfig, ranks: Ranks) -> RunConfig:
-    """Returns the configuration with the processes that there are, and what they are for."""
-    layout = ranks.layout if isinstance(ranks, World) else Layout()
-    return replace_values(
-        config, {"parallel.processes": layout.size, "parallel.layout": str(layout)}
-    )
+    """Returns the configuration with the processes that there are, and what they are for.
+
+    What several are for is left open where it was.
+    """
+    layout = str(ranks.layout) if isinstance(ranks, World) else str(Layout())
+    if ranks.size > 1 and config.parallel.layout == "auto":
+        layout = "auto"
+    return replace_values(config, {"parallel.processes": ranks.size, "parallel.layout": layout})
+
+
+def _measured(config: RunConfig, ranks: Ranks) -> Resources | None:
+    """Returns what several processes have, where their layout depends on it."""
+    if not isinstance(ranks, World) or config.parallel.layout != "auto":
+        return None
+    return measure_resources(ranks, choose_device(config.train.device)[0])
+
+
+def _with_new_layout(plan: Plan, ranks: Ranks, resources: Resources, observer: Observer) -> Plan:
+    """Returns the plan of a resumed run with a layout for other processes than before."""
+
+    def choose() -> str:
+        found = choose_layout_of(plan, resources)
+        if found.warning:
+            observer.warn(found.warning)
+        observer.note(f"parallel.layout {found.layout} ({found.reason})")
+        return str(found.layout)
+
+    values = {"parallel.layout": ranks.on_main(choose)}
+    return dataclasses.replace(plan, config=replace_values(plan.config, values))
+
+
+def _arrange(ranks: Ranks, plan: Plan) -> None:
+    """Gives the processes what the plan says that they are for."""
+    layout = choose_layout(plan.config.parallel.layout, ranks.size)
+    if isinstance(ranks, World) and layout != ranks.layout:
+        ranks.arrange(layout)
+        choose_allocation(saves_memory=not layout.has_whole_weights)
 
 
 def plan_only(config: RunConfig, output: str | Path | None, observer: Observer) -> Plan:
@@ -161,7 +214,7 @@ def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
             log = MetricsLog(folder / "metrics.jsonl", length) if ranks.is_main else NoLog()
             if loop.state.step:
                 loop.observer.note(f"resumed at step {loop.state.step} of {plan.total_steps}")
-            with closing(log), beating(ranks.rank):
+            with closing(log):
                 loop.run(log)
             result = finish_run(loop, plan)
             ranks.on_main(lambda: write_result(folder, result))
@@ -179,13 +232,51 @@ def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
 
 def _saved_plan(folder: Path, config: RunConfig | None = None) -> Plan:
     """Returns the plan of a run whose choices are already made; ``config`` instead of its own."""
-    saved, data = read_folder(folder)
-    check_data_unchanged(data)
-    config = config or saved
+    config = config or read_folder(folder)[0]
     device, _ = choose_device(config.train.device)
     sources = open_sources(config, Silent())
     prepared = prepare_data(config, sources, Silent(), load_tokenizers(folder))
     return Plan(config, [], with_drawing(prepared, config), device)
+
+
+def _agree_on_files(folder: Path, ranks: Ranks) -> None:
+    """Refuses files that are not the same on all hosts: those of the data, and the run folder.
+
+    Raises:
+        DataError: naming the file and the hosts.
+        SystemExit: so it is, and rank 0 says it.
+    """
+    if not isinstance(ranks, World):
+        return
+
+    def of_run() -> dict[str, str | None]:
+        settings, (_, data) = folder / "config.yaml", read_folder(folder)
+        hashes: dict[str, str | None] = {str(settings): file_hash(settings)}
+        return hashes | {entry["path"]: entry["sha256"] for entry in data["files"]}
+
+    wanted = ranks.on_main(of_run)
+    looks = ranks.place.local_rank == 0 and not ranks.is_main  # once for each host
+    found = ranks.assemble({path: _hash_here(Path(path)) for path in wanted if looks})
+
+    def refuse() -> None:
+        if problem := unequal_files([wanted, *found[1:]], ranks.hosts):
+            raise DataError(f"{problem}: all hosts need the same files under the same paths.")
+
+    ranks.on_main(refuse)
+
+
+def _hash_here(path: Path) -> str | None:
+    """Returns the hash of a file as this host sees it; None where it sees none."""
+    with suppress(OSError):
+        os.scandir(path.parent).close()  # makes a network file system look again
+    return file_hash(path) if path.is_file() else None
+
+
+def _build_together(plan: Plan, folder: Path, observer: Observer, ranks: Ranks) -> Loop:
+    """Returns the loop of one of several processes, once all of them have come so far."""
+    if isinstance(ranks, World):
+        ranks.assemble(None)  # a host may prepare its data for longer than collectives wait
+    return build_loop(plan, folder, _heard(observer, ranks), ranks)
 
 
 def _started_again(folder: Path) -> bool:
@@ -201,20 +292,12 @@ def _heard(observer: Observer, ranks: Ranks) -> Observer:
 
 @contextmanager
 def _joined(config: RunConfig) -> Iterator[Ranks]:
-    """Joins the processes of the run; one that loses the others says so.
-
-    Raises:
-        LostProcessError: another process has gone.
-    """
+    """Joins the processes of the run."""
     device, _ = choose_device(config.train.device)
-    wanted = config.parallel.processes
-    with joined(config.parallel.layout, None if wanted == "auto" else wanted, device.type) as ranks:
-        try:
-            yield ranks
-        except RuntimeError as error:
-            if ranks.size == 1 or not _LOST.search(str(error)):
-                raise
-            raise lost("another process of the run", ranks.rank) from error
+    parallel = config.parallel
+    wanted = None if parallel.processes == "auto" else parallel.processes
+    with joined(parallel.layout, wanted, device.type, parallel.timeout_seconds) as ranks:
+        yield ranks
 
 
 @contextmanager
