@@ -71,8 +71,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file to keep the result in")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
-    if arguments.output and arguments.output.is_file():
-        found = json.loads(arguments.output.read_text())["kinds"]
+    if arguments.output:
+        arguments.output = arguments.output.resolve()  # the trials run in a folder of their own
+        if arguments.output.is_file():
+            found = json.loads(arguments.output.read_text())["kinds"]
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
         os.environ["HASTEN_CACHE"] = f"{name}/cache"
