@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from hypothesis import strategies as st
 
 from builders import STILL, TINY, Recorder, write_labelled, write_rows
 from hasten.config.load import build_config
+from hasten.core.errors import MachineError, UsageError
 from hasten.model.token_loss import linear_cross_entropy_sum
+from hasten.model.transformer import Transformer
 from hasten.plan import probe
+from hasten.training import build as build_module
 from hasten.training import loop as loop_module
 from hasten.training.build import build_loop, plan_run
 from hasten.training.loop import Loop
 from hasten.training.observe import MetricsLog
-from hasten.training.precision import first_loss_scale, next_loss_scale
+from hasten.training.precision import convert_matrices, first_loss_scale, next_loss_scale
 from hasten.training.step import run_step
 
 TASKS = ("text-classification", "text-generation", "translation")
@@ -65,7 +69,7 @@ def train(file: Path, folder: Path, **settings: Any) -> tuple[Loop, list[dict[st
 @pytest.mark.parametrize("task", TASKS)
 def test_the_final_loss_is_that_of_float32(task: str, files: dict[str, Path], tmp_path: Path):
     losses, weights = {}, {}
-    for precision in probe.PRECISIONS:
+    for precision in ("float32", "bf16", "fp16"):
         settings = {"task": task, "train.precision": precision, "eval.decode_examples": 0}
         settings |= {"eval.metric": "loss"}
         loop, entries = train(files[task], tmp_path / precision, **settings)
@@ -81,6 +85,70 @@ def test_the_final_loss_is_that_of_float32(task: str, files: dict[str, Path], tm
         # It did compute in 16 bits, and those have other mantissas.
         assert not torch.equal(weights[precision], weights["float32"])
     assert not torch.equal(weights["bf16"], weights["fp16"])
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[Transformer]:
+    """Rounds to 8 bits on a device without such units; returns the models that are converted."""
+    pytest.importorskip("torchao")
+    converted: list[Transformer] = []
+
+    def convert(model: Transformer, precision: str) -> None:
+        convert_matrices(model, precision, emulates=True)
+        converted.append(model)
+
+    monkeypatch.setattr(build_module, "convert_matrices", convert)
+    monkeypatch.setattr(probe, "_check_fp8", lambda device: None)
+    return converted
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_final_loss_of_8_bits_is_that_of_float32(
+    task: str, files: dict[str, Path], tmp_path: Path, emulated: list[Transformer]
+):
+    losses, names = {}, {}
+    for precision in ("float32", "fp8"):
+        settings = {"task": task, "train.precision": precision, "eval.decode_examples": 0}
+        settings |= {"eval.metric": "loss", "model.hidden_size": 32}
+        _, entries = train(files[task], tmp_path / precision, **settings)
+        losses[precision] = [e["loss"] for e in entries if e.get("split") == "validation"][-1]
+        names[precision] = {n: (t.shape, t.dtype) for n, t in emulated[-1].state_dict().items()}
+    kinds = [type(module).__name__ for module in emulated[-1].modules()]
+    assert kinds.count("Float8Linear") >= 6 * len(emulated[-1].blocks)
+    assert kinds.count("Linear") == (task == "text-classification") * 2  # pooling, classifier
+    assert emulated[-1].row_multiple == 16
+    assert names["fp8"] == names["float32"]  # a checkpoint of one is one of the other
+    assert losses["fp8"] == pytest.approx(losses["float32"], rel=0.01)
+    assert losses["fp8"] != losses["float32"]
+
+
+def test_8_bits_are_refused_where_nothing_multiplies_them():
+    with pytest.raises(UsageError, match=r"fp8 needs a GPU.*bf16 or auto"):
+        probe.choose_precision("fp8", torch.device("cpu"), 64)
+
+
+def test_8_bits_without_torchao_say_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    model = Transformer(50, num_layers=1, hidden_size=16, num_heads=2)
+    with pytest.raises(MachineError, match=r"hasten\[gpu\]"):
+        convert_matrices(model, "fp8")
+    assert model.row_multiple == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("task", TASKS)
+def test_the_final_loss_on_a_gpu_is_that_of_float32(
+    task: str, files: dict[str, Path], tmp_path: Path
+):
+    losses = {}
+    for precision in ("float32", "bf16", "fp16", "fp8"):
+        settings = {"task": task, "train.precision": precision, "eval.decode_examples": 0}
+        settings |= {"eval.metric": "loss", "model.hidden_size": 64, "train.device": "cuda"}
+        _, entries = train(files[task], tmp_path / precision, **settings)
+        losses[precision] = [e["loss"] for e in entries if e.get("split") == "validation"][-1]
+    for precision in ("bf16", "fp16", "fp8"):
+        assert losses[precision] == pytest.approx(losses["float32"], rel=0.01)
 
 
 @given(
@@ -133,7 +201,8 @@ def test_overflow_skips_steps_lowers_the_scale_and_is_logged(
 
 
 def test_only_float16_scales_its_loss():
-    assert [first_loss_scale(name) > 1 for name in probe.PRECISIONS] == [False, False, True]
+    scaled = {name for name in probe.PRECISIONS if first_loss_scale(name) > 1}
+    assert scaled == {"fp16"}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def train(
     seed: str = typer.Option(None, help="Every random choice derives from it."),
     epochs: str = typer.Option(None, help="Passes over the training data."),
     device: str = typer.Option(None, help="auto, cpu or cuda."),
-    precision: str = typer.Option(None, help="auto, float32, bf16 or fp16."),
+    precision: str = typer.Option(None, help="auto, float32, bf16, fp16 or fp8."),
     processes: str = typer.Option(None, help="Processes to start on this machine."),
     parallel: str = typer.Option(
         None, metavar="LAYOUT", help="What they are for, as in shard=2,tensor=2."

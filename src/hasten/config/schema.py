@@ -238,7 +238,7 @@ class TrainConfig(Section):
         default=5, description="non-finite steps in a row before the run stops"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
-    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+    precision: Literal["auto", "float32", "bf16", "fp16", "fp8"] = Field(
         default="auto",
         description="of matrix products; auto: the faster of float32 and bf16, measured",
     )

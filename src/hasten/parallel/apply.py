@@ -122,7 +122,7 @@ def _spread(model: Transformer, ranks: World, settings: ParallelSettings) -> Dat
     if num_row_shares > 1:
         roles = declare_roles(model)
         divide_rows(model, roles, ranks.rows_mesh["context"], ranks.rows_mesh["tensor"])
-        model.row_multiple = num_row_shares
+        model.row_multiple *= num_row_shares
         if layout.tensor > 1:
             apply_tensor_parallel(model, roles, mesh["tensor"])
     _compile(model, settings)

@@ -13,11 +13,16 @@ import time
 
 import torch
 
+from hasten.core.errors import UsageError
+
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "fp8": torch.bfloat16,
 }
+"""In which type autocast computes for each; fp8 is for the matrices of blocks alone."""
+_FP8_CAPABILITY = (8, 9)
 _WORTH_IT = 1.2
 """How much faster 16 bits must be: casting to and fro costs some of it."""
 _FLOP = 1e8
@@ -59,8 +64,13 @@ def choose_precision(
         wanted: auto, or a key of ``PRECISIONS``.
         device: where to train.
         hidden_size: of the model.
+
+    Raises:
+        UsageError: fp8 where no unit multiplies 8 bits.
     """
-    if wanted == "float32":
+    if wanted == "fp8":
+        _check_fp8(device)
+    if wanted in ("float32", "fp8"):
         return wanted, "as asked for", None
     name = "bf16" if wanted == "auto" else wanted
     rates = {"float32": 0.0, name: 0.0}
@@ -78,6 +88,14 @@ def choose_precision(
             "float32's on this machine (measured just now)"
         )
     return wanted, "as asked for", slow
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise UsageError(
+            "train.precision fp8 needs a GPU that multiplies 8 bits (of NVIDIA's, from compute "
+            "capability 8.9 on); bf16 or auto would fit."
+        )
 
 
 def _times(factor: float) -> str:

@@ -46,7 +46,7 @@ from hasten.task.contract import Task
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer
-from hasten.training.precision import computing_in
+from hasten.training.precision import computing_in, convert_matrices
 from hasten.training.prepare import PreparedData, prepare_data, with_drawing
 from hasten.training.sources import open_sources, warn_about_rows
 from hasten.training.step import Parts, StepSettings
@@ -228,6 +228,7 @@ def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALON
     model = build_model(config, data.task).to(plan.device)
     for stack in model.stacks:
         stack.recompute = config.train.recompute
+    convert_matrices(model, settled(config.train.precision))
     parallel = apply_parallel(model, ranks, _parallel_settings(plan))
     named = list(model.named_parameters())
     decayed, _ = split_parameters(named)

@@ -3,6 +3,8 @@
     float32    nothing changes
     bf16       autocast around forward and loss
     fp16       the same; the loss is scaled so that small gradients do not vanish
+    fp8        as bf16, and the matrices of the blocks multiply in 8 bits, each tensor scaled by its
+               largest element (Micikevicius et al. 2022, "FP8 Formats for Deep Learning")
 
 Weights, optimizer state, norms, softmax, losses and reductions stay in float32 (Micikevicius et al.
 2018, "Mixed Precision Training").
@@ -10,15 +12,20 @@ Weights, optimizer state, norms, softmax, losses and reductions stay in float32 
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
+from hasten.core.errors import MachineError
+from hasten.model.transformer import Transformer
 from hasten.plan.probe import PRECISIONS
 
 _FIRST_SCALE = 2.0**16
 _GROWS_AFTER = 2000
 _SMALLEST_SCALE = 1.0
+_MULTIPLE = 16  # of rows and columns, in the units that multiply 8 bits
 
 
 def computing_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -26,6 +33,41 @@ def computing_in(precision: str, device: torch.device) -> AbstractContextManager
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def convert_matrices(model: Transformer, precision: str, *, emulates: bool = False) -> None:
+    """Makes the matrices of the blocks multiply in 8 bits, in place, where that is the precision.
+
+    Embeddings and heads keep theirs: scores of few classes are no multiple of 16, and scores of
+    tokens lose most by it.
+
+    Args:
+        model: plain, before processes share it; its weights keep their names and stay float32.
+        precision: of the run.
+        emulates: round as 8 bits do, and multiply in float32: for devices without such units.
+
+    Raises:
+        MachineError: torchao is missing.
+    """
+    if precision != "fp8":
+        return
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise MachineError("train.precision fp8 needs torchao: pip install 'hasten[gpu]'") from None
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return (
+            isinstance(module, nn.Linear)
+            and not module.in_features % _MULTIPLE
+            and not module.out_features % _MULTIPLE
+        )
+
+    for block in model.blocks:
+        convert_to_float8_training(
+            block, config=Float8LinearConfig(emulate=emulates), module_filter_fn=fits
+        )
+    model.row_multiple = math.lcm(model.row_multiple, _MULTIPLE)
 
 
 def first_loss_scale(precision: str) -> float:
