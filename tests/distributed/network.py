@@ -5,11 +5,15 @@ host-0 --cable--. bridge .--cable-- host-1        each has an address, a host na
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+# A removed network goes in the background of the kernel: the next one's names have to differ.
+_NUMBERS = itertools.count()
 
 
 class Hosts:
@@ -20,7 +24,7 @@ class Hosts:
     """
 
     def __init__(self, count: int) -> None:
-        own = os.getpid()
+        own = f"{os.getpid()}x{next(_NUMBERS)}"
         self._bridge = f"hb{own}"
         self.names = [f"host-{number}" for number in range(count)]
         self._spaces = [f"hasten-{own}-{number}" for number in range(count)]
