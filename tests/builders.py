@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import random
+from collections import ChainMap
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.core.batch import PackedBatch, SequenceLayout, positions_from_lengths
@@ -53,7 +55,15 @@ def small_model(seed: int = 0, **options: Any) -> Transformer:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif model.config.zero_init_residual and not parameter.any():
                 raise AssertionError(f"{name} is zero and hides its branch")
+        for name, buffer in model.named_buffers():
+            if name == "head.bias":
+                buffer.normal_()
     return model.eval()
+
+
+def merged(*parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """Draws options from each part; of equal names the last counts."""
+    return st.tuples(*parts).map(lambda found: dict(ChainMap(*reversed(found))))
 
 
 def random_sequences(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:

@@ -70,6 +70,7 @@ class Case:
         goes_on_with: layout from the middle on, by way of a checkpoint.
         weights: file of weights to begin with.
         has_dropout: whether masks are noted; then nothing is compared with a run alone.
+        options: of the model that no setting has, as ``TransformerConfig`` takes them.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Case:
     goes_on_with: str | None = None
     weights: str | None = None
     has_dropout: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         layout = self.layout + f" then {self.goes_on_with}" * bool(self.goes_on_with)
@@ -221,6 +223,48 @@ def _unlike(layout: str, *names: str) -> list[Case]:
     return found
 
 
+_NARROW_AND_NEAR: dict[str, Any] = {
+    "embedding_size": 20,
+    "embedding_norm": True,
+    "positions": "rotary",
+    "head_dim": 12,
+    "first_norm": False,
+    "norm_placement": "pre",
+    "sliding_window": 4,
+    "global_layers": [1],
+    "local_rotary_base": 50.0,
+    "rotary_scaling": {"kind": "linear", "factor": 2.0},
+    "activation": "geglu",
+    "qkv_bias": True,
+    "output_bias": False,
+    "pooling": "last",
+    "head_activation": "tanh",
+    "head_norm": True,
+}
+_SANDWICH: dict[str, Any] = {
+    "norm_placement": "sandwich",
+    "qk_norm": True,
+    "positions": "learned",
+    "position_offset": 2,
+    "embedding_scale": 2.0,
+    "attention_scale": 0.3,
+    "activation": "geglu_tanh",
+    "logit_scale": 0.5,
+    "logit_bias": True,
+}
+_RELATIVE: dict[str, Any] = {"positions": "relative", "relative_buckets": 8, "attention_scale": 1.0}
+
+
+def _of_options(layout: str) -> list[Case]:
+    """Models that none of the settings above make."""
+    heads = {"model.num_heads": 4, "model.num_kv_heads": 2}
+    smooth = {"train.label_smoothing": 0.1, **_ROUNDS}
+    return [
+        Case("near", CLASSIFIER, layout, "sgd", _ROUNDS, num_steps=4, options=_NARROW_AND_NEAR),
+        Case("sandwich", GENERATOR, layout, "adamw", {**heads, **smooth}, options=_SANDWICH),
+    ]
+
+
 def _of_schedules() -> list[Case]:
     """The schedules of a pipeline besides the default: 3 blocks on 2 stages, 4 on 4."""
     blocks = {"gpipe": 3, "interleaved": 4, "zero-bubble": 3}
@@ -260,6 +304,9 @@ _ADAPTIVE = ("adam", "adagrad", "adadelta", "rmsprop", "nadam", "radam")
 _OF_TWO = [
     *(c for axis in AXES for c in _that_fit(axis, _everywhere(f"{axis}=2"))),
     *(c for axis in AXES for c in _unlike(f"{axis}=2", "compiled")),
+    *(c for axis in AXES if axis != "replicate" for c in _of_options(f"{axis}=2")),
+    Case("relative", TRANSLATOR, "shard=2", "sgd", _ROUNDS, num_steps=4, options=_RELATIVE),
+    Case("goes on", GENERATOR, "pipeline=2", options=_SANDWICH, goes_on_with="tensor=2"),
     *_unlike("pipeline=2", "untied", "rounds", "augmented", "windows", "momentum", "soft-cap"),
     *_of_schedules(),
     *_measured("replicate=2", 100_000),

@@ -27,7 +27,9 @@ from hasten.core.ranks import ALONE, Ranks
 from hasten.core.shards import local_part
 from hasten.data.examples import Examples
 from hasten.data.order import deal_micro_batches, plan_epoch, steps_per_epoch
+from hasten.model.config import TransformerConfig
 from hasten.model.search import DecodingSettings
+from hasten.model.transformer import Transformer
 from hasten.optim.state import flatten_optimizer_state
 from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.world import World
@@ -122,8 +124,25 @@ def tracing_only() -> Iterator[None]:
 
 def prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
     """Plans and builds a case's run."""
-    with tracing_only() if case.settings.get("train.compile") else nullcontext():
+    compiling = tracing_only() if case.settings.get("train.compile") else nullcontext()
+    with compiling, other_models(case.options):
         return _prepare(case, data, folder, ranks)
+
+
+@contextmanager
+def other_models(options: dict[str, Any]) -> Iterator[None]:
+    """Builds models with other options, and with a bias of tokens that is not 0."""
+    build = Transformer.from_config
+
+    def build_other(config: TransformerConfig) -> Transformer:
+        model = build(dataclasses.replace(config, **options))
+        bias = dict(model.named_buffers()).get("head.bias")
+        if bias is not None:
+            bias.copy_(torch.linspace(-2, 2, len(bias)))
+        return model
+
+    with mock.patch.object(Transformer, "from_config", build_other):
+        yield
 
 
 def _prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:

@@ -132,11 +132,20 @@ def test_what_blocks_cost_is_what_their_matrices_have():
     entries = sum(p.numel() for p in model.blocks[0].parameters() if p.ndim == 2)
     assert stage_costs(model.config).block == 2 * entries
     assert stage_costs(model.config, length=10).block == 2 * entries + 4 * 32 * 10
+    options = {"head_dim": 12, "activation": "geglu", "embedding_size": 20, "positions": "none"}
+    model = small_model(num_layers=1, bias=False, **options)
+    entries = sum(p.numel() for p in model.blocks[0].parameters() if p.ndim == 2)
+    costs = stage_costs(model.config, length=10)
+    assert costs.block == 2 * entries + 4 * (4 * 12) * 10
+    assert costs.embedding == 20 + 2 * 20 * 32
 
 
 def test_stages_have_each_parameter_of_the_whole_model_once():
     decoder: dict[str, Any] = {"architecture": "decoder", "head": "language_modelling"}
-    for options in ({}, decoder):
+    positions = {"positions": "learned", "position_offset": 2, "embedding_norm": True}
+    narrow = {**positions, "embedding_size": 20, "head_activation": "tanh", "head_norm": True}
+    sandwich = {**decoder, **positions, "norm_placement": "sandwich", "logit_bias": True}
+    for options in ({}, decoder, narrow, sandwich):
         whole = small_model(num_layers=7, **options)
         wanted = dict(whole.named_parameters())
         found: list[str] = []
@@ -149,7 +158,7 @@ def test_stages_have_each_parameter_of_the_whole_model_once():
             found += [name for name, _ in model.named_parameters()]
             held = {id(p) for stage in stages for p in stage.parameters()}
             assert held == {id(p) for p in model.parameters()}
-        tied = ["embedding.tokens.weight"] if options else []
+        tied = ["embedding.tokens.weight"] if "head" in options else []
         assert sorted(found) == sorted([*wanted, *tied])
 
 

@@ -36,6 +36,7 @@ pytestmark = [
 ]
 HOST = socket.gethostname()
 FILES = [
+    "architecture.json",
     "checkpoints",
     "config.yaml",
     "data.json",

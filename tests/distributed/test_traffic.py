@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from traffic_worker import MODELS, UNLIKE, TrafficCase
+from traffic_worker import MODELS, NARROW, SANDWICH, UNLIKE, TrafficCase
 
 from hasten.model.config import TransformerConfig
 from hasten.model.transformer import Transformer
@@ -45,6 +45,12 @@ _OF_TWO = [
     TrafficCase("tied decoder", "tensor=2", label_smoothing=0.1),
     TrafficCase("tied decoder", "pipeline=2"),
     TrafficCase("classifier", "pipeline=2", {"num_layers": 3}, num_micro_batches=3),
+    *(
+        TrafficCase(model, layout, options)
+        for model, options in (("classifier", NARROW), ("tied decoder", SANDWICH))
+        for layout in ("tensor=2", "context=2", "pipeline=2")
+    ),
+    TrafficCase("encoder_decoder", "shard=2", {"positions": "relative"}),
 ]
 _OF_FOUR = [
     *(

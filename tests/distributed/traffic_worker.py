@@ -45,6 +45,24 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # Sizes that four processes cannot share evenly, and weights of every kind.
 UNLIKE = {"qk_norm": True, "num_kv_heads": 2, "activation": "swiglu", "positions": "learned"}
+NARROW: dict[str, Any] = {
+    "embedding_size": 20,
+    "embedding_norm": True,
+    "head_dim": 12,
+    "first_norm": False,
+    "sliding_window": 4,
+    "activation": "geglu",
+    "qkv_bias": False,
+    "head_activation": "tanh",
+    "head_norm": True,
+}
+SANDWICH: dict[str, Any] = {
+    "norm_placement": "sandwich",
+    "positions": "learned",
+    "position_offset": 2,
+    "logit_bias": True,
+    "logit_scale": 0.5,
+}
 
 
 @dataclass(frozen=True)

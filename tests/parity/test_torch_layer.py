@@ -106,7 +106,7 @@ def test_a_block_equals_torchs_layer(placement: str, activation: str, lengths: l
         (expected * weight).sum().backward()
         stream = torch.cat(leaves).detach().requires_grad_()
         layout = SequenceLayout.from_lengths(lengths)
-        found = block(stream, Surroundings(layout, layout.group_plan, None))
+        found = block(stream, Surroundings(layout, layout.group_plan))
         (found * weight).sum().backward()
         gradient = torch.cat([leaf.grad for leaf in leaves])
         assert_same_streams([found, stream.grad], [expected, gradient])
@@ -138,7 +138,12 @@ def test_a_block_that_reads_a_source_equals_torchs_layer(
         (expected * weight).sum().backward()
         stream, memory = (torch.cat(x).detach().requires_grad_() for x in (leaves, sources))
         layout, other = (SequenceLayout.from_lengths(x) for x in (lengths, source_lengths))
-        around = Surroundings(layout, layout.group_plan, None, memory, plan_groups(layout, other))
+        around = Surroundings(
+            layout,
+            layout.group_plan,
+            memory_MD=memory,
+            memory_plan=plan_groups(layout, other),
+        )
         found = block(stream, around)
         (found * weight).sum().backward()
         gradients = [torch.cat([leaf.grad for leaf in x]) for x in (leaves, sources)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -36,6 +37,10 @@ SPECS = {
     "window 70": AttentionSpec(causal=True, window=70),
     "causal, soft-cap": AttentionSpec(causal=True, softcap=0.7, scale=0.5),
     "window 3, soft-cap": AttentionSpec(causal=True, window=3, softcap=0.7),
+    "near 1": AttentionSpec(window=1),
+    "near 4": AttentionSpec(window=4),
+    "near 70": AttentionSpec(window=70),
+    "near 5, soft-cap": AttentionSpec(window=5, softcap=0.7),
 }
 
 
@@ -57,7 +62,11 @@ def naive(
     for num_queries, num_keys in zip(asking, looked_at, strict=True):
         for i in range(num_queries):
             end = i + 1 if spec.causal else num_keys
-            begin = max(0, end - spec.window) if spec.window else 0
+            begin = 0
+            if spec.window:
+                begin = i + 1 - spec.window if spec.causal else i - spec.window // 2
+                end = min(end, i + 1 if spec.causal else i + spec.window // 2 + 1)
+            begin = max(0, begin)
             heads = []
             for h in range(q.shape[1]):
                 keys, values = (x[start + begin : start + end, h // share] for x in (k, v))
@@ -72,21 +81,33 @@ def naive(
 
 
 def masked(
-    q: Tensor, k: Tensor, v: Tensor, asking: list[int], looked_at: list[int], spec: AttentionSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    asking: list[int],
+    looked_at: list[int],
+    spec: AttentionSpec,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The same with one mask over the whole streams: fast, and differentiable by autograd."""
     ids_N, ids_M = (SequenceLayout.from_lengths(x).sequence_ids for x in (asking, looked_at))
     seen = ids_N[:, None] == ids_M[None, :]
-    if spec.causal:  # one stream
-        distance = torch.arange(len(q))[:, None] - torch.arange(len(k))[None, :]
+    # Of queries and keys that are one stream where this matters.
+    distance = torch.arange(len(q))[:, None] - torch.arange(len(k))[None, :]
+    if spec.causal:
         seen &= distance >= 0
         seen &= distance < (spec.window or len(q))
+    elif spec.window:
+        seen &= distance.abs() <= spec.window // 2
     share = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
     scale = 1 / math.sqrt(q.shape[-1]) if spec.scale is None else spec.scale
     scores = scale * torch.einsum("nhc,mhc->hnm", q, k)
     if spec.softcap:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if bias is not None:  # (H, T, T) for the place of the query in its sequence, and of the key
+        at = torch.cat([torch.arange(n) for n in asking])
+        scores = scores + bias[:, at[:, None], at[None, :]]
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     return torch.einsum("hnm,mhc->nhc", weights, v)
 
@@ -161,10 +182,35 @@ def test_outputs_and_gradients_equal_one_masked_softmax(
 
 
 @settings(max_examples=100)
+@given(lengths=LENGTHS, kv_heads=st.sampled_from([1, 2]), spec=st.sampled_from(list(SPECS)))
+def test_biases_and_their_gradients_equal_one_masked_softmax(
+    lengths: list[int], kv_heads: int, spec: str
+):
+    tensors, plan = draw(lengths, 2, kv_heads), plan_of(lengths)
+    longest = max(lengths)
+    bias, weight = (
+        torch.randn(2, longest, longest, dtype=torch.float64),
+        torch.randn(sum(lengths), 2, 4),
+    )
+
+    def grouped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        sizes = [group.queries.length for group in plan.groups]
+        return attend(q, k, v, plan, SPECS[spec], tuple(bias[:, :n, :n] for n in sizes))
+
+    results = []
+    for function in (grouped, lambda q, k, v, b: masked(q, k, v, lengths, lengths, SPECS[spec], b)):
+        leaves = [t.clone().requires_grad_() for t in (*tensors, bias)]
+        out = function(*leaves)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@settings(max_examples=100)
 @given(
     pairs=PAIRS,
     kv_heads=st.sampled_from([1, 2]),
-    spec=st.sampled_from([name for name, spec in SPECS.items() if not spec.causal]),
+    spec=st.sampled_from([n for n, spec in SPECS.items() if not spec.causal and not spec.window]),
 )
 def test_outputs_and_gradients_of_attention_to_a_source_equal_one_masked_softmax(
     pairs: list[tuple[int, int]], kv_heads: int, spec: str
@@ -182,6 +228,10 @@ def test_a_window_as_long_as_the_longest_sequence_hides_nothing():
         assert torch.equal(attend(q, k, v, plan_of(lengths), spec), whole)
     narrow = attend(q, k, v, plan_of(lengths), AttentionSpec(causal=True, window=8))
     assert not torch.allclose(narrow, whole)
+    whole = attend(q, k, v, plan_of(lengths), AttentionSpec())
+    for window, sees_all in ((16, True), (15, False)):
+        found = attend(q, k, v, plan_of(lengths), AttentionSpec(window=window))
+        assert torch.allclose(found, whole) == sees_all
 
 
 def test_a_mask_first_made_in_inference_serves_training_too():
@@ -348,18 +398,19 @@ def test_attention_dropout_is_on_in_training_only_and_keeps_the_mean(causal: boo
     assert float((error / (draws.std(0) / 3000**0.5)).max()) < 5
 
 
-def test_a_module_asks_for_what_is_configured_and_for_a_window_only_where_it_is_causal():
-    options = {"sliding_window": 3, "attention_softcap": 0.7, "attention_dropout": 0.5}
-    config = TransformerConfig(10, 1, 8, 2, architecture="encoder_decoder", **options)
-    capped = AttentionSpec(softcap=0.7)
-    assert Attention(config).eval().spec == capped
-    windowed = AttentionSpec(causal=True, window=3, softcap=0.7)
-    assert Attention(config, causal=True).eval().spec == windowed
-    training = AttentionSpec(causal=True, window=3, softcap=0.7, dropout=0.5)
-    assert Attention(config, causal=True).train().spec == training
+def test_a_module_asks_for_what_is_configured():
+    options = {"attention_scale": 0.3, "attention_softcap": 0.7, "attention_dropout": 0.5}
+    config = TransformerConfig(10, 1, 8, 2, **options)
+    assert Attention(config).eval().spec == AttentionSpec(scale=0.3, softcap=0.7)
+    module = Attention(config, causal=True, window=3)
+    windowed = AttentionSpec(causal=True, window=3, scale=0.3, softcap=0.7)
+    assert module.eval().spec == windowed
+    assert module.train().spec == dataclasses.replace(windowed, dropout=0.5)
 
 
-@pytest.mark.parametrize("spec", [SPECS["all"], SPECS["causal"], SPECS["window 3, soft-cap"]])
+@pytest.mark.parametrize(
+    "spec", [SPECS["all"], SPECS["causal"], SPECS["window 3, soft-cap"], SPECS["near 4"]]
+)
 def test_padding_points_at_a_row_that_need_not_be_finite_only_for_its_own_sequence(
     spec: AttentionSpec,
 ):

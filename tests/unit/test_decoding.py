@@ -11,36 +11,60 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from builders import VOCAB, default_dtype, pack, random_sequences, small_model
+from builders import VOCAB, default_dtype, merged, pack, random_sequences, small_model
 from hasten.core.errors import UsageError
+from hasten.model.config import RotaryScaling
 from hasten.model.decoding import CachedDecoder
 from hasten.model.heads import TokenOutputs
 from hasten.model.search import Decoded, DecodingSettings, Request, generate
 from hasten.model.transformer import Transformer
 
 END = 0
+WINDOWS = st.sampled_from(
+    [
+        {},
+        {"sliding_window": 1},
+        {"sliding_window": 3, "global_layers": (0,)},
+        {"sliding_window": 8},
+    ]
+)
+POSITIONS = st.sampled_from(
+    [
+        {"positions": "rotary"},
+        {"positions": "rotary", "rotary_scaling": RotaryScaling("llama3", 4.0, 20)},
+        {"sliding_window": 3, "global_layers": (0,), "local_rotary_base": 50.0},
+        {"positions": "learned", "position_offset": 2},
+        {"positions": "sinusoidal", "sinusoids": "tensor2tensor", "position_offset": 1},
+        {"positions": "relative", "relative_buckets": 8, "attention_scale": 1.0},
+        {"positions": "none", "embedding_scale": 2.0},
+    ]
+)
 SHARED = {
     "head": st.just("language_modelling"),
     "norm": st.sampled_from(["layernorm", "rmsnorm"]),
-    "norm_placement": st.sampled_from(["pre", "post"]),
-    "positions": st.sampled_from(["rotary", "learned", "sinusoidal"]),
+    "norm_placement": st.sampled_from(["pre", "post", "sandwich"]),
+    "embedding_norm": st.sampled_from([None, True]),
     "qk_norm": st.booleans(),
     "num_kv_heads": st.sampled_from([None, 1, 2]),
+    "head_dim": st.sampled_from([None, 6]),
     "bias": st.booleans(),
     "attention_softcap": st.sampled_from([0.0, 2.0]),
     "logit_softcap": st.sampled_from([0.0, 3.0]),
+    "logit_scale": st.sampled_from([1.0, 0.3]),
+    "logit_bias": st.booleans(),
     "tie_embeddings": st.booleans(),
-    "sliding_window": st.sampled_from([0, 1, 3, 8]),
 }
-DECODER = st.fixed_dictionaries({"architecture": st.just("decoder"), **SHARED})
-TRANSLATOR = st.fixed_dictionaries(
-    {
-        "architecture": st.just("encoder_decoder"),
-        **SHARED,
-        "num_decoder_layers": st.sampled_from([None, 1]),
-        "source_vocab_size": st.sampled_from([None, VOCAB + 3]),
-    }
-)
+
+
+OF_DECODERS = {"architecture": st.just("decoder"), **SHARED}
+DECODER = merged(WINDOWS, POSITIONS, st.fixed_dictionaries(OF_DECODERS))
+OF_TRANSLATORS = {
+    "architecture": st.just("encoder_decoder"),
+    **SHARED,
+    "num_decoder_layers": st.sampled_from([None, 1]),
+    "source_vocab_size": st.sampled_from([None, VOCAB + 3]),
+}
+TRANSLATOR = merged(WINDOWS, POSITIONS, st.fixed_dictionaries(OF_TRANSLATORS))
 # Each prompt with its source; an encoder-decoder begins with one token or with several.
 PROMPTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
 # None appends a token; numbers say, modulo the number of rows, which rows are kept.
@@ -167,7 +191,7 @@ def test_scores_of_half_precision_are_widened():
 
 @settings(max_examples=40)
 @given(
-    st.sampled_from(["rotary", "learned", "sinusoidal"]),
+    st.sampled_from(["rotary", "learned", "sinusoidal", "relative"]),
     st.sampled_from([0, 3]),
     st.integers(1, 9),
     st.data(),

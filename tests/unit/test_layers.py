@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from builders import VOCAB, default_dtype, pack, random_sequences, small_model
+from builders import VOCAB, pack, random_sequences, small_model
 from hasten.core.batch import SequenceLayout
 from hasten.core.errors import UsageError
-from hasten.model.config import TransformerConfig
+from hasten.model.config import RotaryScaling, TransformerConfig
 from hasten.model.heads import TokenOutputs
 from hasten.model.layers import (
     Dropout,
     Embedding,
     FeedForward,
-    RotaryTable,
     StochasticDepth,
-    apply_rotary,
     build_norm,
-    sinusoidal_table,
 )
 from hasten.model.transformer import Stack, Transformer
 
@@ -39,80 +41,6 @@ def config(**options: Any) -> TransformerConfig:
     return TransformerConfig(**settings)
 
 
-@pytest.mark.parametrize("size", [6, 16, 7])
-def test_sinusoids_follow_vaswani_et_al(size: int):
-    table = sinusoidal_table(50, size)
-    assert table.shape == (50, size)
-    for position in (0, 1, 17, 49):
-        for column in range(size):
-            angle = position / 10000 ** (2 * (column // 2) / size)
-            expected = math.cos(angle) if column % 2 else math.sin(angle)
-            assert float(table[position, column]) == pytest.approx(expected, abs=2e-5)
-
-
-def test_sinusoidal_embedding_adds_the_table_to_the_scaled_tokens():
-    module = Embedding(config(positions="sinusoidal")).eval()
-    ids, positions = torch.tensor([3, 4, 3]), torch.tensor([0, 1, 0], dtype=torch.int32)
-    expected = module.tokens.weight[ids] * 4 + sinusoidal_table(512, 16)[[0, 1, 0]]
-    torch.testing.assert_close(module(ids, positions, None), expected)
-
-
-def test_learned_positions_and_segments_are_added():
-    module = Embedding(config(positions="learned", num_token_types=2, max_positions=9)).eval()
-    ids, positions = torch.tensor([3, 4, 3]), torch.tensor([0, 8, 1], dtype=torch.int32)
-    types = torch.tensor([0, 1, 1])
-    expected = (
-        module.tokens.weight[ids]
-        + module.positions.weight[[0, 8, 1]]
-        + module.token_types.weight[types]
-    )
-    torch.testing.assert_close(module(ids, positions, types), expected)
-    # Without segments all tokens are of the first.
-    torch.testing.assert_close(
-        module(ids, positions, None), module(ids, positions, torch.zeros_like(types))
-    )
-
-
-def test_rotary_positions_are_a_complex_product(double_precision):
-    table = RotaryTable(config(rotary_base=100.0, max_positions=40))
-    positions = torch.tensor([0, 3, 39, 1], dtype=torch.int32)
-    x = torch.randn(4, 2, 8)
-    found = apply_rotary(x, *table(positions))
-    pairs = torch.complex(x[..., :4], x[..., 4:])
-    frequencies = 100.0 ** (-torch.arange(4) / 4)
-    turned = pairs * torch.exp(1j * positions[:, None, None] * frequencies)
-    torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], -1))
-
-
-@settings(max_examples=60)
-@given(
-    first=st.integers(0, 200),
-    second=st.integers(0, 200),
-    shift=st.integers(0, 300),
-    seed=st.integers(0, 99),
-)
-def test_rotary_scores_depend_on_the_distance_only(first: int, second: int, shift: int, seed: int):
-    with default_dtype(torch.float64):
-        table = RotaryTable(config())
-        q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(seed))
-
-        def score(a: int, b: int) -> float:
-            at_a, at_b = (table(torch.tensor([p], dtype=torch.int32)) for p in (a, b))
-            return float((apply_rotary(q, *at_a) * apply_rotary(k, *at_b)).sum())
-
-        assert score(first, second) == pytest.approx(score(first + shift, second + shift), abs=1e-9)
-        assert float(apply_rotary(q, *table(torch.tensor([first]))).norm()) == pytest.approx(
-            float(q.norm())
-        )
-
-
-def test_rotary_scores_do_depend_on_the_distance():
-    table = RotaryTable(config())
-    q = torch.ones(2, 1, 8)
-    turned = apply_rotary(q, *table(torch.tensor([0, 5])))
-    assert not torch.allclose(turned[0], turned[1])
-
-
 @pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal"])
 def test_the_order_of_the_tokens_matters(positions: str):
     model = small_model(positions=positions)
@@ -120,22 +48,39 @@ def test_the_order_of_the_tokens_matters(positions: str):
     assert not torch.allclose(scores[0], scores[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "relu_squared", "swiglu"])
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+NONLINEAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": lambda x: torch.where(x > 0, x, 0),
+    "relu_squared": lambda x: torch.where(x > 0, x * x, 0),
+    "silu": silu,
+}
+GATES = {"swiglu": silu, "geglu": gelu, "geglu_tanh": gelu_tanh}
+
+
+@pytest.mark.parametrize("activation", [*NONLINEAR, *GATES])
 def test_the_feed_forward_is_its_formula(activation: str, double_precision):
     module = FeedForward(config(activation=activation))
     x = torch.randn(5, 16)
     up = x @ module.up.weight.T + module.up.bias
-    if activation == "gelu":
-        inner = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
-    elif activation == "relu":
-        inner = torch.where(up > 0, up, 0)
-    elif activation == "relu_squared":
-        inner = torch.where(up > 0, up * up, 0)
+    if activation in GATES:
+        inner = GATES[activation](x @ module.gate.weight.T + module.gate.bias) * up
     else:
-        gate = x @ module.gate.weight.T + module.gate.bias
-        inner = gate / (1 + torch.exp(-gate)) * up
+        inner = NONLINEAR[activation](up)
     torch.testing.assert_close(module(x), inner @ module.down.weight.T + module.down.bias)
-    assert (module.gate is not None) == (activation == "swiglu")
+    assert (module.gate is not None) == (activation in GATES)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -174,20 +119,20 @@ def test_stochastic_depth_grows_from_nothing_to_the_last_block():
         assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_token_dropout_zeroes_whole_embeddings_and_keeps_the_mean(positions: str):
+@pytest.mark.parametrize("num_token_types", [0, 2])
+def test_token_dropout_zeroes_whole_embeddings_and_keeps_the_mean(num_token_types: int):
     torch.manual_seed(0)
-    module = Embedding(config(token_dropout=0.25, positions=positions)).train()
-    ids, places = torch.full((20000,), 5), torch.zeros(20000, dtype=torch.int32)
-    added = module.positions.weight[0] if module.positions is not None else torch.zeros(16)
-    out = module(ids, places, None) - added
+    module = Embedding(config(token_dropout=0.25, num_token_types=num_token_types)).train()
+    ids = torch.full((20000,), 5)
+    added = module.token_types.weight[0] if num_token_types else torch.zeros(16)
+    out = module(ids) - added
     row = module.tokens.weight[5]
     dropped = out.abs().amax(1) < 1e-6
     torch.testing.assert_close(out[~dropped], (row / 0.75).expand(int((~dropped).sum()), -1))
     assert float(dropped.float().mean()) == pytest.approx(
         0.25, abs=4 * math.sqrt(0.25 * 0.75 / 20000)
     )
-    torch.testing.assert_close(module.eval()(ids, places, None) - added, row.expand(20000, -1))
+    torch.testing.assert_close(module.eval()(ids) - added, row.expand(20000, -1))
 
 
 @pytest.mark.parametrize("rate_name", ["dropout", "head_dropout", "token_dropout"])
@@ -251,56 +196,95 @@ def test_dropout_repeats_from_the_same_seed_whatever_the_rate_may_be():
 
 def expected_parameters(c: TransformerConfig) -> int:
     """The count from the architecture alone."""
-    d, f, per_head = c.hidden_size, c.inner_size, c.head_size
-    kv = c.kv_heads * per_head
-    norm = d * (2 if c.norm == "layernorm" and c.bias else 1)
-    attention = d * d * 2 + 2 * d * kv + (2 * d + 2 * kv) * c.bias + 2 * per_head * c.qk_norm
-    matrices = 3 if c.activation == "swiglu" else 2
+    d, f, e = c.hidden_size, c.inner_size, c.embedding_size or c.hidden_size
+    per_head = c.head_dim or d // c.num_heads
+    q, kv = c.num_heads * per_head, (c.num_kv_heads or c.num_heads) * per_head
+    has_bias = c.norm == "layernorm" and c.bias
+    norm = d * (1 + has_bias)
+    qkv_bias = c.bias if c.qkv_bias is None else c.qkv_bias
+    output_bias = c.bias if c.output_bias is None else c.output_bias
+    attention = 2 * d * (q + kv) + (q + 2 * kv) * qkv_bias + d * output_bias
+    attention += 2 * per_head * c.qk_norm
+    matrices = 3 if c.activation in GATES else 2
     feed_forward = matrices * d * f + ((matrices - 1) * f + d) * c.bias
-    embedding = c.vocab_size * d + c.num_token_types * d
-    embedding += c.max_positions * d if c.positions == "learned" else 0
-    head = d * c.num_labels + c.num_labels + (d + 1 if c.pooling == "attention" else 0)
-    if c.head == "span":
-        head = 2 * d + 2
-    elif c.head == "language_modelling":
-        head = 0 if c.tie_embeddings else c.vocab_size * d
-    block = attention + feed_forward + 2 * norm
+    tables = c.vocab_size + (c.source_vocab_size or 0)
+    tables += c.num_token_types * (2 if c.source_vocab_size else 1)
+    stack = (c.max_positions + c.position_offset) * e if c.positions == "learned" else 0
+    stack += c.relative_buckets * c.num_heads if c.positions == "relative" else 0
+    stack += 0 if e == d else d * e + d
+    if c.embedding_norm or (c.embedding_norm is None and c.norm_placement == "post"):
+        stack += e * (1 + has_bias)
+    stack += norm * (c.norm_placement != "post") - norm * (not c.first_norm)
+    head = (d * d + d * c.bias) * (c.head_activation != "none") + norm * c.head_norm
+    if c.head == "classification":
+        head += (d + c.head_bias) * c.num_labels + (d + 1 if c.pooling == "attention" else 0)
+    elif c.head == "span":
+        head += 2 * (d + c.head_bias)
+    else:
+        head += 0 if c.tie_embeddings else c.vocab_size * d
+    norms = 2 if c.norm_placement == "sandwich" else 1
+    block = attention + feed_forward + 2 * norms * norm
     if c.architecture != "encoder_decoder":
-        return embedding + norm + c.num_layers * block + head
-    if c.source_vocab_size:
-        embedding += embedding + (c.source_vocab_size - c.vocab_size) * d
+        return tables * e + stack + c.num_layers * block + head
     num_blocks = c.num_decoder_layers or c.num_layers
-    decoder = norm + num_blocks * (block + attention + norm)
-    return embedding + norm + c.num_layers * block + decoder + head
+    decoder = stack + num_blocks * (block + attention + norms * norm)
+    return tables * e + stack + c.num_layers * block + decoder + head
 
 
-@settings(max_examples=60)
+OF_SCORES = {"head_activation": st.sampled_from(["none", "gelu"]), "head_bias": st.booleans()}
+
+
+@settings(max_examples=100)
 @given(
     options=st.fixed_dictionaries(
         {
             "num_layers": st.integers(1, 3),
             "num_kv_heads": st.sampled_from([None, 1, 2]),
+            "head_dim": st.sampled_from([None, 6]),
             "feed_forward_size": st.sampled_from([None, 24]),
-            "activation": st.sampled_from(["gelu", "swiglu"]),
+            "activation": st.sampled_from(["gelu", "silu", "swiglu", "geglu"]),
             "norm": st.sampled_from(["layernorm", "rmsnorm"]),
-            "norm_placement": st.sampled_from(["pre", "post"]),
-            "positions": st.sampled_from(["rotary", "learned", "sinusoidal"]),
+            "norm_placement": st.sampled_from(["pre", "post", "sandwich"]),
+            "embedding_norm": st.sampled_from([None, False, True]),
+            "embedding_size": st.sampled_from([None, 10, 16]),
+            "positions": st.sampled_from(["rotary", "learned", "sinusoidal", "relative", "none"]),
             "num_token_types": st.sampled_from([0, 2]),
             "qk_norm": st.booleans(),
             "bias": st.booleans(),
+            "qkv_bias": st.sampled_from([None, False, True]),
+            "output_bias": st.sampled_from([None, False, True]),
             "num_labels": st.integers(1, 4),
-            "pooling": st.sampled_from(["first", "mean", "attention"]),
-            "architecture": st.sampled_from(["encoder", "decoder", "encoder_decoder"]),
-            "num_decoder_layers": st.sampled_from([None, 1, 3]),
-            "source_vocab_size": st.sampled_from([None, 45]),
-            "head": st.sampled_from(["classification", "language_modelling", "span"]),
-            "tie_embeddings": st.booleans(),
+            "pooling": st.sampled_from(["first", "last", "mean", "attention"]),
         }
-    )
+    ),
+    architecture=st.one_of(
+        st.fixed_dictionaries({"architecture": st.sampled_from(["encoder", "decoder"])}),
+        st.fixed_dictionaries(
+            {
+                "architecture": st.just("encoder_decoder"),
+                "num_decoder_layers": st.sampled_from([None, 1, 3]),
+                "source_vocab_size": st.sampled_from([None, 45]),
+            }
+        ),
+    ),
+    head=st.one_of(
+        st.fixed_dictionaries({"head": st.sampled_from(["classification", "span"]), **OF_SCORES}),
+        st.just({"head_activation": "tanh", "head_norm": True}),
+        st.just({"head": "language_modelling", "embedding_size": None}),
+        st.just({"head": "language_modelling", "tie_embeddings": False, "logit_bias": True}),
+    ),
+    number=st.integers(0, 3),
 )
-def test_the_number_of_parameters_follows_from_the_architecture(options: dict[str, Any]):
-    if options["architecture"] != "encoder_decoder":
-        options = {**options, "source_vocab_size": None, "num_decoder_layers": None}
+def test_the_number_of_parameters_follows_from_the_architecture(
+    options: dict[str, Any], architecture: dict[str, Any], head: dict[str, Any], number: int
+):
+    options = {**options, **architecture, **head}
+    if options["positions"] == "learned":
+        options["position_offset"] = number
+    if options["positions"] == "relative":
+        options["relative_buckets"] = 16 + number
+    if options["norm_placement"] != "post":
+        options["first_norm"] = number > 1
     c = config(**options)
     model = Transformer.from_config(c)
     assert model.config == c
@@ -308,8 +292,9 @@ def test_the_number_of_parameters_follows_from_the_architecture(options: dict[st
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_inner_width_of_swiglu_costs_no_more_parameters():
-    plain, gated = config(hidden_size=96), config(hidden_size=96, activation="swiglu")
+@pytest.mark.parametrize("activation", GATES)
+def test_the_inner_width_of_a_gate_costs_no_more_parameters(activation: str):
+    plain, gated = config(hidden_size=96), config(hidden_size=96, activation=activation)
     assert gated.inner_size % 16 == 0
     assert 0 <= 3 * gated.inner_size - 2 * plain.inner_size < 3 * 16
 
@@ -386,6 +371,10 @@ def test_drawing_weights_anew_forgets_everything(options: dict[str, Any]):
         assert torch.equal(a, b), name
 
 
+SCORES_TOKENS = {"head": "language_modelling"}
+SINUSOIDAL = {"positions": "sinusoidal"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -411,13 +400,67 @@ def test_drawing_weights_anew_forgets_everything(options: dict[str, Any]):
         ({"logit_softcap": -0.5}, "logit_softcap must not be negative"),
         ({"num_decoder_layers": 2}, "num_decoder_layers has no effect with architecture 'encoder'"),
         ({"source_vocab_size": 9, "architecture": "decoder"}, "source_vocab_size has no effect"),
-        ({"sliding_window": 3}, "sliding_window has no effect with architecture 'encoder'"),
         ({"logit_softcap": 3.0}, "logit_softcap has no effect with head 'classification'"),
+        ({"logit_scale": 0.5}, "logit_scale has no effect with head 'classification'"),
+        ({"logit_bias": True}, "logit_bias has no effect with head 'classification'"),
+        ({**SCORES_TOKENS, "head_activation": "tanh"}, "head_activation has no effect with head"),
+        ({**SCORES_TOKENS, "head_bias": False}, "head_bias has no effect with head"),
+        ({"head_norm": True}, "head_norm has no effect with head_activation 'none'"),
+        ({"head_activation": "tahn"}, "head_activation is 'tahn'.*'tanh'"),
+        ({"norm_placement": "sandwhich"}, "norm_placement is 'sandwhich'.*'sandwich'"),
+        ({"first_norm": False, "norm_placement": "post"}, "first_norm has no effect with"),
+        ({"head_dim": 0}, "head_dim must be at least 1"),
+        ({"head_dim": 7}, r"even head size, not 7 \(model.head_dim\)"),
+        ({"embedding_size": 0}, "embedding_size must be at least 1"),
+        ({**SCORES_TOKENS, "embedding_size": 8}, "width 8 cannot score .* 16: set model.tie"),
+        ({"embedding_scale": 0.0}, "embedding_scale must be above 0"),
+        ({"attention_scale": -1.0}, "attention_scale must be above 0"),
+        ({"position_offset": 2}, "position_offset has no effect with positions 'rotary'"),
+        ({"positions": "learned", "position_offset": -1}, "position_offset must be at least 0"),
+        ({"positions": "learned", "sinusoids": "halves"}, "sinusoids has no effect with positions"),
+        ({**SINUSOIDAL, "sinusoids": "half"}, "sinusoids is 'half'.*'halves'"),
+        ({**SINUSOIDAL, "sinusoids": "tensor2tensor", "embedding_size": 7}, "even width from 4"),
+        ({"relative_buckets": 8}, "relative_buckets has no effect with positions 'rotary'"),
+        ({"relative_max_distance": 64}, "relative_max_distance has no effect with positions"),
+        ({"positions": "relative", "relative_buckets": 3}, "relative_buckets must be at least 4"),
+        (
+            {"positions": "relative", "relative_max_distance": 16},
+            r"relative_max_distance must be above half of model.relative_buckets \(32\), not 16",
+        ),
+        ({"local_rotary_base": 10.0}, "local_rotary_base has no effect without model.sliding_w"),
+        (
+            {"local_rotary_base": 10.0, "sliding_window": 4, "positions": "none"},
+            "local_rotary_base has no effect with positions 'none'",
+        ),
+        ({"rotary_base": 0.0}, "rotary_base must be above 0"),
+        ({"global_layers": (1,)}, "global_layers has no effect without model.sliding_window"),
+        (
+            {"global_layers": (0, 2), "sliding_window": 4},
+            "global_layers names block 2, but there are 2, counted from 0",
+        ),
+        (
+            {"positions": "learned", "rotary_scaling": RotaryScaling("linear", 2.0)},
+            "rotary_scaling has no effect with positions 'learned'",
+        ),
+        ({"rotary_scaling": {"kind": "yarm", "factor": 2.0}}, "'yarm'.*Did you mean 'yarn'"),
+        ({"rotary_scaling": RotaryScaling("linear", 0.5)}, "factor must be at least 1, not 0.5"),
+        ({"rotary_scaling": RotaryScaling("yarn", 2.0)}, "'yarn' needs original_positions"),
+        (
+            {"rotary_scaling": RotaryScaling("llama3", 2.0, 64, 4.0, 1.0)},
+            "'llama3' needs bounds above 0 in ascending order, not 4.0 and 1.0",
+        ),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(options: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
         config(**options)
+
+
+def test_an_architecture_survives_json():
+    scaling = RotaryScaling("yarn", 4.0, 100)
+    c = config(sliding_window=4, global_layers=(1,), rotary_scaling=scaling)
+    read = TransformerConfig(**json.loads(json.dumps(dataclasses.asdict(c))))
+    assert read == c and hash(read) == hash(c)
 
 
 def test_an_unknown_option_names_the_nearest():
@@ -463,20 +506,27 @@ def test_looking_at_a_source_knows_no_order_but_what_the_encoder_put_into_it(pos
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("softcap", [0.0, 2.5])
-def test_scores_of_tokens_are_products_with_their_vectors(tie: bool, softcap: float):
+@pytest.mark.parametrize(("softcap", "scale"), [(0.0, 1.0), (2.5, 1.0), (1.0, 0.4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_scores_of_tokens_are_products_with_their_vectors(
+    tie: bool, softcap: float, scale: float, bias: bool
+):
     model = small_model(
         architecture="decoder",
         head="language_modelling",
         tie_embeddings=tie,
         logit_softcap=softcap,
+        logit_scale=scale,
+        logit_bias=bias,
     )
     batch = pack(random_sequences([4, 7]))
     outputs = model(batch)
     assert isinstance(outputs, TokenOutputs)
     weight = model.embedding.tokens.weight if tie else model.head.scorer.weight
     hidden = model.decoder(model.embed(batch), batch)
-    expected = hidden @ weight.T
+    expected = hidden @ weight.T * scale
+    if bias:
+        expected = expected + model.head.bias
     if softcap:
         expected = softcap * torch.tanh(expected / softcap)
         assert float(expected.detach().abs().max()) > 0.8 * softcap  # or there was nothing to bound
@@ -484,14 +534,82 @@ def test_scores_of_tokens_are_products_with_their_vectors(tie: bool, softcap: fl
     rows = torch.tensor([10, 0, 3])
     torch.testing.assert_close(outputs.scores(rows), expected[rows], rtol=1e-4, atol=1e-4)
     assert ("scorer.weight" in dict(model.head.named_parameters())) is not tie
+    # The bias is kept with the weights and is none of them.
+    assert ("head.bias" in model.state_dict()) is bias
+    assert "head.bias" not in dict(model.named_parameters())
 
 
-def test_a_span_head_scores_every_token_twice():
-    model = small_model(head="span")
+PREPARING: list[dict[str, Any]] = [
+    {},
+    {"head_activation": "tanh"},
+    {"head_activation": "relu", "bias": False, "head_bias": False},
+    {"head_activation": "gelu", "head_norm": True},
+]
+
+
+def prepared(model: Transformer, x: Tensor) -> Tensor:
+    """What a head's last matrix is given, from what the options say."""
+    c, head = model.config, model.head
+    if c.head_activation != "none":
+        nonlinear = {"tanh": torch.tanh, **NONLINEAR}[c.head_activation]
+        x = x @ head.dense.weight.T
+        x = nonlinear(x + head.dense.bias if c.bias else x)
+    return F.layer_norm(x, (32,), head.norm.weight, head.norm.bias) if c.head_norm else x
+
+
+@pytest.mark.parametrize("options", PREPARING)
+def test_a_span_head_scores_every_token_twice(options: dict[str, Any]):
+    model = small_model(head="span", **options)
     batch = pack(random_sequences([4, 7]))
-    hidden = model.encoder(model.embed(batch), batch)
+    hidden = prepared(model, model.encoder(model.embed(batch), batch))
     scorer = model.head.scorer
-    torch.testing.assert_close(model(batch), hidden @ scorer.weight.T + scorer.bias)
+    expected = hidden @ scorer.weight.T + (0 if scorer.bias is None else scorer.bias)
+    torch.testing.assert_close(model(batch), expected)
+    assert (scorer.bias is not None) == options.get("head_bias", True)
+
+
+@pytest.mark.parametrize("options", PREPARING)
+@pytest.mark.parametrize(("pooling", "rows"), [("first", [0, 4]), ("last", [3, 10])])
+def test_a_classification_head_looks_at_one_token(
+    options: dict[str, Any], pooling: str, rows: list[int]
+):
+    model = small_model(pooling=pooling, **options)
+    batch = pack(random_sequences([4, 7]))
+    hidden = prepared(model, model.encoder(model.embed(batch), batch)[rows])
+    classifier = model.head.classifier
+    expected = hidden @ classifier.weight.T + (0 if classifier.bias is None else classifier.bias)
+    torch.testing.assert_close(model(batch), expected)
+    assert (classifier.bias is not None) == options.get("head_bias", True)
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("first_norm", [True, False])
+def test_norms_stand_where_they_are_placed(architecture: str, placement: str, first_norm: bool):
+    options = {"norm_placement": placement, "architecture": architecture, "num_layers": 1}
+    if not first_norm and placement == "post":
+        pytest.skip("a norm after the sum is not before the first block")
+    model = small_model(**options, first_norm=first_norm)
+    block, layout = model.decoder.blocks[0], SequenceLayout.from_lengths([3])
+    x = torch.randn(3, 32)
+    branches = [("attention", lambda h: h @ seen[0]), ("feed_forward", block.feed_forward)]
+    if architecture == "encoder_decoder":
+        branches.insert(1, ("source", lambda h: h @ seen[1]))
+    seen = torch.randn(2, 32, 32)
+    expected = x
+    for name, branch in branches:
+        norm, end_norm = getattr(block, f"{name}_norm"), getattr(block, f"{name}_end_norm")
+        if placement == "post":
+            expected = norm(expected + branch(expected))
+            continue
+        given = expected if norm is None else norm(expected)
+        added = branch(given)
+        expected = expected + (end_norm(added) if placement == "sandwich" else added)
+    assert (block.attention_norm is None) is not first_norm
+    assert (block.attention_end_norm is not None) == (placement == "sandwich")
+    found = block.run(x, layout, lambda _, h: h @ seen[0], lambda _, h: h @ seen[1])
+    torch.testing.assert_close(found, expected)
+    assert (model.decoder.final_norm is None) == (placement == "post")
 
 
 def test_source_and_target_share_embeddings_unless_their_vocabularies_differ():
@@ -502,5 +620,5 @@ def test_source_and_target_share_embeddings_unless_their_vocabularies_differ():
     assert own.embedding.tokens.weight.shape == (VOCAB, 32)
     for model, wanted in ((shared, shared.embedding), (own, own.source_embedding)):
         source = pack(random_sequences([6]))
-        x = wanted(source.token_ids, source.positions, None)
+        x = wanted(source.token_ids)
         torch.testing.assert_close(model.encode(source), model.encoder(x, source))

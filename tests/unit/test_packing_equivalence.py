@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from builders import VOCAB, default_dtype, gradients, pack, random_sequences, small_model
+from builders import VOCAB, default_dtype, gradients, merged, pack, random_sequences, small_model
 from hasten.core.batch import PackedBatch
+from hasten.model.config import RotaryScaling
 from hasten.model.heads import TokenOutputs
 from hasten.model.layers import Embedding
 from hasten.model.transformer import Transformer
@@ -21,43 +22,75 @@ LENGTHS = st.one_of(
     st.lists(st.integers(1, 6), min_size=1, max_size=8),
     st.lists(st.sampled_from([1, 2, 3, 40, 41, 150, 400]), min_size=1, max_size=5),
 )
-OPTIONS = st.fixed_dictionaries(
-    {
-        "pooling": st.sampled_from(["first", "mean", "attention"]),
-        "positions": st.sampled_from(["rotary", "learned", "sinusoidal"]),
-        "norm": st.sampled_from(["layernorm", "rmsnorm"]),
-        "norm_placement": st.sampled_from(["pre", "post"]),
-        "activation": st.sampled_from(["gelu", "relu", "relu_squared", "swiglu"]),
-        "qk_norm": st.booleans(),
-        "num_kv_heads": st.sampled_from([None, 1, 2, 4]),
-        "bias": st.booleans(),
-        "num_token_types": st.sampled_from([0, 3]),
-    }
+
+
+WINDOWS = st.sampled_from(
+    [
+        {},
+        {"sliding_window": 1},
+        {"sliding_window": 3, "global_layers": (0,)},
+        {"sliding_window": 64},
+    ]
 )
-
-
+POSITIONS = st.sampled_from(
+    [
+        {"positions": "rotary"},
+        {"positions": "rotary", "rotary_scaling": RotaryScaling("yarn", 4.0, 100)},
+        {"sliding_window": 4, "global_layers": (0,), "local_rotary_base": 50.0},
+        {"positions": "learned", "position_offset": 2},
+        {"positions": "sinusoidal", "sinusoids": "halves"},
+        {"positions": "relative", "relative_buckets": 8, "attention_scale": 1.0},
+        {"positions": "none"},
+    ]
+)
 SHARED = {
     "norm": st.sampled_from(["layernorm", "rmsnorm"]),
-    "norm_placement": st.sampled_from(["pre", "post"]),
-    "positions": st.sampled_from(["rotary", "learned", "sinusoidal"]),
+    "norm_placement": st.sampled_from(["pre", "post", "sandwich"]),
+    "embedding_norm": st.sampled_from([None, True]),
+    "embedding_scale": st.sampled_from([None, 2.0]),
     "qk_norm": st.booleans(),
     "num_kv_heads": st.sampled_from([None, 1, 2]),
+    "head_dim": st.sampled_from([None, 6]),
     "bias": st.booleans(),
+    "qkv_bias": st.sampled_from([None, True]),
+    "output_bias": st.sampled_from([None, False]),
     "attention_softcap": st.sampled_from([0.0, 2.0]),
-    "logit_softcap": st.sampled_from([0.0, 3.0]),
-    "tie_embeddings": st.booleans(),
-    "sliding_window": st.sampled_from([0, 1, 3, 64]),
-    "head": st.sampled_from(["language_modelling", "classification", "span"]),
 }
-DECODER_OPTIONS = st.fixed_dictionaries({"architecture": st.just("decoder"), **SHARED})
-TRANSLATOR_OPTIONS = st.fixed_dictionaries(
-    {
-        "architecture": st.just("encoder_decoder"),
-        **SHARED,
-        "num_decoder_layers": st.sampled_from([None, 1]),
-        "source_vocab_size": st.sampled_from([None, VOCAB + 3]),
-    }
+OPTIONS = merged(
+    WINDOWS,
+    POSITIONS,
+    st.fixed_dictionaries(
+        {
+            **SHARED,
+            "pooling": st.sampled_from(["first", "last", "mean", "attention"]),
+            "activation": st.sampled_from(["gelu", "gelu_tanh", "relu_squared", "geglu"]),
+            "num_token_types": st.sampled_from([0, 3]),
+            "embedding_size": st.sampled_from([None, 12]),
+            "head_activation": st.sampled_from(["none", "tanh"]),
+        }
+    ),
 )
+HEADS = st.one_of(
+    st.sampled_from([{"head": "classification"}, {"head": "span", "head_activation": "gelu"}]),
+    st.fixed_dictionaries(
+        {
+            "head": st.just("language_modelling"),
+            "tie_embeddings": st.booleans(),
+            "logit_softcap": st.sampled_from([0.0, 3.0]),
+            "logit_scale": st.sampled_from([1.0, 0.3]),
+            "logit_bias": st.booleans(),
+        }
+    ),
+)
+OF_DECODERS = {**SHARED, "architecture": st.just("decoder")}
+DECODER_OPTIONS = merged(WINDOWS, POSITIONS, HEADS, st.fixed_dictionaries(OF_DECODERS))
+OF_TRANSLATORS = {
+    **SHARED,
+    "architecture": st.just("encoder_decoder"),
+    "num_decoder_layers": st.sampled_from([None, 1]),
+    "source_vocab_size": st.sampled_from([None, VOCAB + 3]),
+}
+TRANSLATOR_OPTIONS = merged(WINDOWS, POSITIONS, HEADS, st.fixed_dictionaries(OF_TRANSLATORS))
 PAIRS = st.one_of(
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=8),
     st.lists(
@@ -105,8 +138,6 @@ def check(
     tolerance: float,
     source_lengths: list[int] | None = None,
 ) -> None:
-    if options.get("head") != "language_modelling":
-        options = {**options, "logit_softcap": 0.0}
     with default_dtype(dtype):
         model = small_model(**options)
         sequences = random_sequences(lengths)
@@ -186,7 +217,7 @@ def test_the_order_of_the_sequences_only_permutes_the_scores():
     )
 
 
-@pytest.mark.parametrize("pooling", ["first", "mean", "attention"])
+@pytest.mark.parametrize("pooling", ["first", "last", "mean", "attention"])
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [3, 9, 5], [400, 5, 150, 41, 5]])
 def test_changing_one_sequence_leaves_the_others_untouched(pooling: str, lengths: list[int]):
     model, sequences = small_model(pooling=pooling), random_sequences(lengths)
@@ -200,22 +231,40 @@ def test_changing_one_sequence_leaves_the_others_untouched(pooling: str, lengths
         assert not torch.allclose(before[changed], after[changed], atol=1e-3)
 
 
+def rows_that_change(model: Transformer, lengths: list[int], changed: int) -> list[int]:
+    """Rows of the outputs that notice another token at a row of the stream."""
+    sequences = random_sequences(lengths)
+    before = outputs_of(model, pack(sequences))
+    stream = torch.cat(sequences)
+    stream[changed] = (stream[changed] + 1) % VOCAB
+    after = outputs_of(model, pack(list(stream.split(lengths))))
+    differs = (after - before).detach().abs().amax(1)
+    found = [row for row, d in enumerate(differs.tolist()) if d]
+    assert float(differs[found].min()) > 1e-4
+    return found
+
+
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [12, 9, 5]])
 def test_a_token_of_a_decoder_sees_only_what_it_may(lengths: list[int], window: int):
     """Two layers pass a change on by two steps of ``window - 1`` tokens, and never backwards."""
     model = small_model(architecture="decoder", head="language_modelling", sliding_window=window)
-    sequences = random_sequences(lengths)
-    before = outputs_of(model, pack(sequences))
-    changed = list(sequences)
-    changed[1] = changed[1].clone()
-    changed[1][1] = (changed[1][1] + 1) % VOCAB
-    differs = (outputs_of(model, pack(changed)) - before).detach().abs().amax(1)
     place = lengths[0] + 1
     last = min(lengths[1] - 1, 1 + 2 * (window - 1)) if window else lengths[1] - 1
-    reached = range(place, place + last)
-    assert [row for row, d in enumerate(differs.tolist()) if d] == list(reached)
-    assert float(differs[reached].min()) > 1e-4
+    found = rows_that_change(model, lengths, place)
+    assert found == list(range(place, place + last))
+
+
+@pytest.mark.parametrize("lengths", [[9, 9, 9], [12, 9, 5]])
+def test_a_token_of_an_encoder_sees_only_what_it_may(lengths: list[int]):
+    """A window of 3 passes a change on by one token to either side in each layer."""
+    options = {"head": "span", "sliding_window": 3, "num_layers": 3}
+    first, last = lengths[0], lengths[0] + lengths[1]
+    place = first + 4
+    found = rows_that_change(small_model(**options), lengths, place)
+    assert found == list(range(place - 3, place + 4))
+    found = rows_that_change(small_model(**options, global_layers=(1,)), lengths, place)
+    assert found == list(range(first, last))
 
 
 def test_changing_one_source_leaves_the_other_sequences_untouched():

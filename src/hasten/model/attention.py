@@ -9,7 +9,7 @@ asking and looked-at sequence, P query positions of all groups, padding included
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten.core.batch import GroupPlan, GroupSide, SequenceGroup
+from hasten.core.batch import GroupPlan, GroupSide, SequenceGroup, SequenceLayout
 from hasten.model.config import TransformerConfig
-from hasten.model.layers import apply_rotary, drop_elements
+from hasten.model.layers import drop_elements
+from hasten.model.positions import Rotary, apply_rotary
 
-Rotary = tuple[Tensor, Tensor]
+Biases = tuple[Tensor, ...]
+"""For each group (H, L, T), added to the scores."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class AttentionSpec:
 
     Attributes:
         causal: a token sees itself and what comes before it. Queries and keys are one stream.
-        window: how many tokens a causal token sees, itself included; 0 for all.
+        window: how many tokens a causal token sees, itself included; another sees half as many on
+            either side, rounded down. 0 for all. Queries and keys are one stream.
         scale: factor on the scores; None for ``C ** -0.5``.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2, 2024); 0 for none.
         dropout: rate on the attention weights; 0 outside training.
@@ -43,23 +46,46 @@ class AttentionSpec:
     dropout: float = 0.0
 
 
-class Attention(nn.Module):
-    """Multi-head attention within each sequence of a packed stream, or from it to its source."""
+@dataclass(frozen=True)
+class WantedRows:
+    """One token of each sequence, where nothing else is asked for.
 
-    def __init__(self, config: TransformerConfig, *, causal: bool = False) -> None:
+    Attributes:
+        rows: (S,) of the stream.
+        layout: of a stream that has only them.
+        plan: groups in which each looks at its sequence.
+    """
+
+    rows: Tensor
+    layout: SequenceLayout
+    plan: GroupPlan
+
+
+class Attention(nn.Module):
+    """Multi-head attention within each sequence of a packed stream, or from it to its source.
+
+    Args:
+        config: of the model.
+        causal: whether a token sees only itself and what comes before it.
+        window: see ``AttentionSpec``.
+    """
+
+    def __init__(self, config: TransformerConfig, *, causal: bool = False, window: int = 0) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.head_size = config.head_size
         self.dropout = config.attention_dropout
-        window = config.sliding_window if causal else 0
-        self._spec = AttentionSpec(causal, window, softcap=config.attention_softcap)
-        kv_size = self.num_kv_heads * self.head_size
-        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.key = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
-        self.value = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.query_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self._spec = AttentionSpec(causal, window, config.attention_scale, config.attention_softcap)
+        size, kv_size = (n * self.head_size for n in (self.num_heads, self.num_kv_heads))
+        bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.query = nn.Linear(config.hidden_size, size, bias=bias)
+        self.key = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.value = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        bias = config.bias if config.output_bias is None else config.output_bias
+        self.output = nn.Linear(size, config.hidden_size, bias=bias)
+        epsilon = config.norm_epsilon
+        self.query_norm = nn.RMSNorm(self.head_size, eps=epsilon) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_size, eps=epsilon) if config.qk_norm else None
         self.core = AttentionCore()
 
     @property
@@ -76,6 +102,8 @@ class Attention(nn.Module):
         plan: GroupPlan,
         rotary: Rotary | None = None,
         memory_MD: Tensor | None = None,
+        *,
+        biases: Biases | None = None,
     ) -> Tensor:
         """Maps (N, D) to (N, D).
 
@@ -84,10 +112,31 @@ class Attention(nn.Module):
             plan: groups of its sequences, and of those that they look at.
             rotary: cosines and sines per token; None without rotary positions.
             memory_MD: the stream that is looked at; None for ``x_ND`` itself.
+            biases: for each group of the plan; None without relative positions.
         """
         q_NHC = self.queries(x_ND)
         k_MKC, v_MKC = self.keys_values(x_ND if memory_MD is None else memory_MD)
-        return self.output(self.core(q_NHC, k_MKC, v_MKC, rotary, plan, self.spec).flatten(1))
+        out_NHC = self.core(q_NHC, k_MKC, v_MKC, rotary, plan, self.spec, biases)
+        return self.output(out_NHC.flatten(1))
+
+    def ask(
+        self, x_SD: Tensor, memory_ND: Tensor, wanted: WantedRows, rotary: Rotary | None
+    ) -> Tensor:
+        """Maps one token of each sequence, (S, D), that sees all of its sequence to (S, D).
+
+        Args:
+            x_SD: the tokens that ask.
+            memory_ND: their sequences.
+            wanted: where they stand in them.
+            rotary: cosines and sines per token of ``memory_ND``; None without rotary positions.
+        """
+        own = None
+        if rotary is not None:
+            own = rotary[0].index_select(0, wanted.rows), rotary[1].index_select(0, wanted.rows)
+        q_SHC = self.queries(x_SD, own)
+        k_NKC, v_NKC = self.keys_values(memory_ND, rotary)
+        spec = replace(self.spec, causal=False)
+        return self.output(self.core(q_SHC, k_NKC, v_NKC, None, wanted.plan, spec).flatten(1))
 
     def queries(self, x_ND: Tensor, rotary: Rotary | None = None) -> Tensor:
         """Returns the queries (N, H, C)."""
@@ -116,15 +165,21 @@ class AttentionCore(nn.Module):
         rotary: Rotary | None,
         plan: GroupPlan,
         spec: AttentionSpec,
+        biases: Biases | None = None,
     ) -> Tensor:
         """Returns (N, H, C); see ``attend``. With ``rotary`` queries and keys are one stream."""
         if rotary is not None:
             q_NHC, k_MKC = apply_rotary(q_NHC, *rotary), apply_rotary(k_MKC, *rotary)
-        return attend(q_NHC, k_MKC, v_MKC, plan, spec)
+        return attend(q_NHC, k_MKC, v_MKC, plan, spec, biases)
 
 
 def attend(
-    q_NHC: Tensor, k_MKC: Tensor, v_MKC: Tensor, plan: GroupPlan, spec: AttentionSpec
+    q_NHC: Tensor,
+    k_MKC: Tensor,
+    v_MKC: Tensor,
+    plan: GroupPlan,
+    spec: AttentionSpec,
+    biases: Biases | None = None,
 ) -> Tensor:
     """Attention in which no sequence sees another.
 
@@ -134,12 +189,16 @@ def attend(
         v_MKC: (M, K, C) values.
         plan: groups of the sequences, such as ``SequenceLayout.group_plan``.
         spec: what else the kernel has to honour.
+        biases: for each group what is added to the scores; None for nothing.
 
     Returns:
         (N, H, C), row n being the values of n's sequence weighted by
-        ``softmax(scale * q_n . k)`` (Vaswani et al. 2017, equation 1).
+        ``softmax(scale * q_n . k + bias)`` (Vaswani et al. 2017, equation 1).
     """
-    outputs = [_attend_group(q_NHC, k_MKC, v_MKC, group, spec) for group in plan.groups]
+    outputs = [
+        _attend_group(q_NHC, k_MKC, v_MKC, group, spec, None if biases is None else biases[i])
+        for i, group in enumerate(plan.groups)
+    ]
     out_PHC = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.restore is None:
         return out_PHC
@@ -147,23 +206,44 @@ def attend(
 
 
 def _attend_group(
-    q_NHC: Tensor, k_MKC: Tensor, v_MKC: Tensor, group: SequenceGroup, spec: AttentionSpec
+    q_NHC: Tensor,
+    k_MKC: Tensor,
+    v_MKC: Tensor,
+    group: SequenceGroup,
+    spec: AttentionSpec,
+    bias_HLT: Tensor | None,
 ) -> Tensor:
     """Returns (B * L, H, C) for the sequences of one group, rows of padding holding junk."""
     q_BHLC = _take(q_NHC, group.queries, group.count)
     k_BKTC = _take(k_MKC, group.keys, group.count)
     v_BKTC = _take(v_MKC, group.keys, group.count)
-    # Padding follows the tokens, so a causal token sees none of it.
-    mask = group.keys.mask
-    if spec.causal:
-        length = group.queries.length
-        mask = causal_mask(length, spec.window, q_NHC.device) if _is_masked(spec, length) else None
-    out_BHLC = attend_dense(q_BHLC, k_BKTC, v_BKTC, mask, spec)
+    mask = _mask_of(group, spec, q_NHC.device)
+    out_BHLC = attend_dense(q_BHLC, k_BKTC, v_BKTC, mask, spec, bias_HLT)
     return out_BHLC.transpose(1, 2).flatten(0, 1)
 
 
+def _mask_of(group: SequenceGroup, spec: AttentionSpec, device: torch.device) -> Tensor | None:
+    """Returns what ``attend_dense`` asks for."""
+    length = group.queries.length
+    # Padding follows the tokens, so a causal token sees none of it.
+    padding = None if spec.causal else group.keys.mask
+    reach = spec.window if spec.causal else spec.window // 2 + 1
+    if not spec.window or reach >= length:
+        return padding
+    mask = near_mask(length, spec.window, spec.causal, device)
+    if padding is None:
+        return mask
+    # Where a row of padding saw nothing, its softmax would be no number, nor would gradients.
+    return padding & (mask | ~padding.transpose(-1, -2))
+
+
 def attend_dense(
-    q_BHLC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, mask: Tensor | None, spec: AttentionSpec
+    q_BHLC: Tensor,
+    k_BKTC: Tensor,
+    v_BKTC: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of rectangles, by the fastest kernel that honours ``spec``.
 
@@ -174,7 +254,13 @@ def attend_dense(
         mask: bool, broadcast to (B, H, L, T), True where a query sees a key; None for all, or for
             all before it where ``spec`` is causal.
         spec: ``window`` and ``causal`` are already in ``mask`` where there is one.
+        bias: broadcast to (B, H, L, T), added to the scores after their soft-cap; None for none.
     """
+    if bias is not None:
+        if mask is None and spec.causal:
+            mask = near_mask(q_BHLC.shape[2], 0, True, q_BHLC.device)
+        # What is seen and what is added are one mask of numbers.
+        mask = bias.to(q_BHLC.dtype) if mask is None else _hidden(bias.to(q_BHLC.dtype), mask)
     if spec.softcap or (spec.dropout and q_BHLC.device.type == "cpu"):
         return _attend_explicitly(q_BHLC, k_BKTC, v_BKTC, mask, spec)
     return F.scaled_dot_product_attention(
@@ -202,24 +288,31 @@ def _attend_explicitly(
     if spec.softcap:
         scores_BHLT = spec.softcap * torch.tanh(scores_BHLT / spec.softcap)
     if mask is None and spec.causal:
-        mask = causal_mask(q_BHLC.shape[2], 0, q_BHLC.device)
+        mask = near_mask(q_BHLC.shape[2], 0, True, q_BHLC.device)
     if mask is not None:
-        scores_BHLT = scores_BHLT.masked_fill(~mask, float("-inf"))
+        is_bias = mask.is_floating_point()
+        scores_BHLT = scores_BHLT + mask if is_bias else _hidden(scores_BHLT, mask)
     return drop_elements(scores_BHLT.softmax(-1), spec.dropout) @ v_BKTC
 
 
-def _is_masked(spec: AttentionSpec, length: int) -> bool:
-    return 0 < spec.window < length
+def _hidden(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, float("-inf"))
 
 
-@lru_cache(maxsize=32)
-def causal_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Returns (length, length) bool: a token sees itself and at most ``window - 1`` before it."""
+@lru_cache(maxsize=8)
+def near_mask(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
+    """Returns (length, length) bool: which keys a query sees, see ``AttentionSpec``."""
     with torch.inference_mode(False):  # cached for training too
         at = torch.arange(length, device=device)
-        distance = at[:, None] - at[None, :]
-        seen = distance >= 0
-        return seen & (distance < window) if window else seen
+        return is_near(at[:, None] - at[None, :], window, causal)
+
+
+def is_near(distances: Tensor, window: int, causal: bool) -> Tensor:
+    """Returns bool: whether queries see keys so far before them; see ``AttentionSpec``."""
+    if not causal:
+        return distances.abs() <= window // 2
+    seen = distances >= 0
+    return seen & (distances < window) if window else seen
 
 
 def _take(x: Tensor, side: GroupSide, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from hasten.core.batch import PackedBatch, SequenceLayout, positions_from_length
 from hasten.core.errors import UsageError
 from hasten.model.attention import Attention, attend, attend_dense
 from hasten.model.heads import TokenOutputs
+from hasten.model.positions import Rotary
 from hasten.model.transformer import Block, Transformer
 
 _SPARE_POSITIONS = 32
@@ -68,17 +69,22 @@ class CachedDecoder:
         at_B = self._lengths - 1
         model, decoder = self._model, self._decoder
         positions = at_B.to(torch.int32)
-        x_BD = decoder.enter(model.embedding(tokens_B, positions, None))
-        rotary = decoder.rotate(positions)
+        x_BD = decoder.enter(model.embedding(tokens_B), positions)
+        rotations, bias = decoder.rotate(positions), self._bias_of_last()
         layout = SequenceLayout.from_lengths([1] * len(tokens_B), tokens_B.device)
         for number, block in enumerate(decoder.blocks):
             assert isinstance(block, Block)
-            past = self._past[number]
+            past, rotary = self._past[number], block.rotary(rotations)
 
-            def attend_to_past(attention: Attention, h: Tensor, past: _PastKeys = past) -> Tensor:
+            def attend_to_past(
+                attention: Attention,
+                h: Tensor,
+                past: _PastKeys = past,
+                rotary: Rotary | None = rotary,
+            ) -> Tensor:
                 k_BKC, v_BKC = attention.keys_values(h, rotary)
                 past.append(k_BKC, v_BKC, at_B)
-                return past.read(attention, attention.queries(h, rotary), at_B + 1)
+                return past.read(attention, attention.queries(h, rotary), at_B + 1, bias)
 
             def attend_to_source(attention: Attention, h: Tensor, number: int = number) -> Tensor:
                 return self._source[number].read(attention, attention.queries(h, None))
@@ -118,18 +124,20 @@ class CachedDecoder:
         self._past: list[_PastKeys] = []
         self._lengths = torch.tensor(layout.lengths, device=prompts.token_ids.device)
         self._token_ids = _padded(prompts.token_ids, layout, _SPARE_POSITIONS)
-        rotary = decoder.rotate(prompts.positions)
-        x_ND = decoder.enter(self._model.embed(prompts))
-
-        def attend_and_keep(attention: Attention, h: Tensor) -> Tensor:
-            k_NKC, v_NKC = attention.keys_values(h, rotary)
-            self._past.append(_PastKeys(k_NKC, v_NKC, layout, _SPARE_POSITIONS))
-            q_NHC = attention.queries(h, rotary)
-            out_NHC = attend(q_NHC, k_NKC, v_NKC, layout.group_plan, attention.spec)
-            return attention.output(out_NHC.flatten(1))
-
+        rotations, biases = decoder.rotate(prompts.positions), decoder.biases(layout.group_plan)
+        x_ND = decoder.enter(self._model.embed(prompts), prompts.positions)
         for number, block in enumerate(decoder.blocks):
             assert isinstance(block, Block)
+            rotary = block.rotary(rotations)
+
+            def attend_and_keep(
+                attention: Attention, h: Tensor, rotary: Rotary | None = rotary
+            ) -> Tensor:
+                k_NKC, v_NKC = attention.keys_values(h, rotary)
+                self._past.append(_PastKeys(k_NKC, v_NKC, layout, _SPARE_POSITIONS))
+                q_NHC = attention.queries(h, rotary)
+                out_NHC = attend(q_NHC, k_NKC, v_NKC, layout.group_plan, attention.spec, biases)
+                return attention.output(out_NHC.flatten(1))
 
             def attend_to_source(attention: Attention, h: Tensor, number: int = number) -> Tensor:
                 return self._source[number].read_stream(attention, h, layout)
@@ -137,6 +145,14 @@ class CachedDecoder:
             x_ND = block.run(x_ND, layout, attend_and_keep, attend_to_source)
         last = layout.offsets[1:].long() - 1
         self._set_logits(decoder.leave(x_ND).index_select(0, last), layout)
+
+    def _bias_of_last(self) -> Tensor | None:
+        """Returns (B, H, 1, T): what the last token of each sequence adds for each key."""
+        bias = self._decoder.relative_bias
+        if bias is None:
+            return None
+        at_T = torch.arange(int(self._lengths.max()), device=self._lengths.device)
+        return bias(at_T - (self._lengths[:, None] - 1)).transpose(1, 2)[:, :, None]
 
     def _set_logits(self, x_BD: Tensor, layout: SequenceLayout) -> None:
         outputs = self._model.score(x_BD, layout)
@@ -195,7 +211,13 @@ class _PastKeys:
         self._keys[rows, :, at_B] = k_BKC
         self._values[rows, :, at_B] = v_BKC
 
-    def read(self, attention: Attention, q_BHC: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    def read(
+        self,
+        attention: Attention,
+        q_BHC: Tensor,
+        lengths_B: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """Returns the attention's output (B, D) for one query of each sequence."""
         lengths_B = self.lengths if lengths_B is None else lengths_B
         assert lengths_B is not None
@@ -211,6 +233,7 @@ class _PastKeys:
             self._values[:, :, :longest],
             seen_BT[:, None, None],
             attention.spec,
+            bias,
         )
         return attention.output(out_BH1C[:, :, 0].flatten(1))
 

@@ -67,16 +67,16 @@ def declare_roles(model: Transformer) -> dict[str, Role]:
 def _roles_in(block: Block) -> dict[str, Role]:
     roles = {
         "attention": Role.ATTENTION,
-        "attention_norm": Role.ROW_NORM,
         "feed_forward": Role.FEED_FORWARD,
         "feed_forward.up": Role.SPLIT_OUTPUTS,
         "feed_forward.down": Role.SPLIT_INPUTS,
-        "feed_forward_norm": Role.ROW_NORM,
     }
+    norms = (name for name, _ in block.named_children() if name.endswith("_norm"))
+    roles |= dict.fromkeys(norms, Role.ROW_NORM)
     if block.feed_forward.gate is not None:
         roles["feed_forward.gate"] = Role.SPLIT_OUTPUTS
     if block.source_attention is not None:
-        roles |= {"source_attention": Role.SOURCE_ATTENTION, "source_norm": Role.ROW_NORM}
+        roles["source_attention"] = Role.SOURCE_ATTENTION
     for part in ("attention", "source_attention"):
         if part not in roles:
             continue
@@ -121,5 +121,9 @@ def check_sharing(config: TransformerConfig, *, tensor: int, context: int) -> No
             f"context={context} shares the tokens of sequences of at most {config.max_positions}: "
             f"{config.max_positions} or less would fit."
         )
-    if config.stochastic_depth and tensor * context > 1:
+    if tensor * context == 1:
+        return
+    if config.stochastic_depth:
         raise UsageError("--model.stochastic_depth does not go with tensor or context above 1.")
+    if config.positions == "relative":
+        raise UsageError("relative positions do not go with tensor or context above 1.")

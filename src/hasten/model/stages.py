@@ -40,37 +40,55 @@ class StageCosts:
 def stage_costs(config: TransformerConfig, length: int = 0) -> StageCosts:
     """Returns what the parts of a model cost.
 
-    With D the hidden size, K the width of all keys, F the inner size, V the vocabulary and T the
-    length of a sequence, a matrix of m x n costs 2 m n:
+    With D the hidden size, Q the width of all queries, K that of all keys, F the inner size, E the
+    width of the embeddings, V the vocabulary and T the length of a sequence, a matrix of m x n
+    costs 2 m n:
 
-        block       4 D D + 4 D K + 2 D F (3 D F with a gate, twice) + 4 D T (2 D T where causal)
-        head        2 D V of tokens, 4 D of spans; of classes 2 D, since labels are few
-        embedding   D for each table that is looked up
+        block       4 D Q + 4 D K + 2 D F (3 D F with a gate, twice) + 4 Q T (2 Q T where causal)
+        head        2 D V of tokens, 4 D of spans (2 D D more with a matrix before it); of classes
+                    2 D, since labels are few
+        embedding   E for each table that is looked up, and 2 E D where E is not D
 
     Args:
         config: of the model.
         length: tokens of a typical sequence; with 0 scores of attention are left out.
     """
-    width, keys = config.hidden_size, config.kv_heads * config.head_size
-    num_inner = 3 if config.activation == "swiglu" else 2
-    scores = (2 if config.architecture == "decoder" else 4) * width * length
-    tables = 1 + (config.positions != "rotary") + bool(config.num_token_types)
-    heads = {"language_modelling": 2 * width * config.vocab_size, "span": 4 * width}
+    width, inner = config.hidden_size, config.embedding_width
+    queries, keys = (n * config.head_size for n in (config.num_heads, config.kv_heads))
+    num_inner = 3 if config.is_gated else 2
+    scores = (2 if config.architecture == "decoder" else 4) * queries * length
+    tables = 1 + (config.positions in ("learned", "sinusoidal")) + bool(config.num_token_types)
+    dense = 2 * width * width * (config.head_activation != "none")
+    heads = {"language_modelling": 2 * width * config.vocab_size, "span": 4 * width + dense}
     return StageCosts(
-        embedding=width * tables,
-        block=4 * width * (width + keys) + 2 * num_inner * width * config.inner_size + scores,
+        embedding=inner * tables + 2 * inner * width * (inner != width),
+        block=4 * width * (queries + keys) + 2 * num_inner * width * config.inner_size + scores,
         head=heads.get(config.head, 2 * width),
     )
+
+
+def check_stages(config: TransformerConfig) -> None:
+    """Refuses a model that cannot be cut into stages.
+
+    Raises:
+        UsageError: it is an encoder-decoder, or its blocks share a weight.
+    """
+    if config.architecture == "encoder_decoder":
+        raise UsageError("an encoder_decoder cannot be cut into stages: leave out pipeline.")
+    if config.positions == "relative":
+        raise UsageError(
+            "blocks with relative positions share a weight and cannot be cut into stages: leave "
+            "out pipeline."
+        )
 
 
 def own_stack(model: Transformer) -> Stack:
     """Returns the one stack of a model that can be cut.
 
     Raises:
-        UsageError: the model is an encoder-decoder.
+        UsageError: the model cannot be.
     """
-    if model.encoder is not None and model.decoder is not None:
-        raise UsageError("an encoder_decoder cannot be cut into stages: leave out pipeline.")
+    check_stages(model.config)
     stack = model.encoder or model.decoder
     assert stack is not None
     return stack
@@ -108,7 +126,7 @@ def keep_stages(
                     model.embedding.register_module(name, Elsewhere())
             else:
                 model.embedding.register_module(name, None)
-        stack.embedding_norm = None
+        stack.positions = stack.embedding_norm = stack.projection = None
     if not has_last:
         model.head = Elsewhere()
         stack.final_norm = None

@@ -79,10 +79,9 @@ def linear_cross_entropy_sum(
         IndexError or RuntimeError: a target is outside [0, V).
     """
     assert 0 <= label_smoothing <= 1 and softcap >= 0
-    if is_sharded(weight_VD):
-        assert bias_V is None
-        return _shared_loss(hidden_ND, weight_VD, targets_N, label_smoothing, softcap)
     inputs = _Inputs(hidden_ND, weight_VD, bias_V)
+    if is_sharded(weight_VD):
+        return _shared_loss(inputs, targets_N, label_smoothing, softcap)
     if chunk_rows is None and _is_small(inputs):
         return _small_loss(inputs, targets_N, label_smoothing, softcap)
     options = _Options(label_smoothing, softcap, chunk_rows or _default_chunk_rows(inputs))
@@ -138,22 +137,30 @@ def _small_loss(
 
 
 def _shared_loss(
-    hidden_ND: Tensor, weight_VD: Any, targets_N: Tensor, label_smoothing: float, softcap: float
+    inputs: _Inputs, targets_N: Tensor, label_smoothing: float, softcap: float
 ) -> Tensor:
     """The loss where each process has some of the vocabulary, within ``loss_parallel``.
 
     torch's has no label smoothing, which is added: with z the logits of a row and y its target,
     ``e (z_y - mean(z))`` (see ``_chunk_loss``).
     """
+    hidden_ND, bias_V = inputs.hidden_ND, inputs.bias_V
+    weight_VD: Any = inputs.weight_VD
     if len(targets_N) == 0:
         return (hidden_ND.sum() * 0).to(_wide(hidden_ND))
     mesh = weight_VD.device_mesh
     hidden_ND = as_replicated(hidden_ND, mesh)
-    logits_NV = _capped(F.linear(hidden_ND, weight_VD), softcap)
+    logits_NV = F.linear(hidden_ND, weight_VD)
+    if bias_V is not None:  # a fixed one, which has no gradient to be summed
+        logits_NV = logits_NV + as_replicated(bias_V, mesh)
+    logits_NV = _capped(logits_NV, softcap)
     loss = F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=_NO_INDEX)
     if label_smoothing:
         rows_ND = as_replicated(F.embedding(as_replicated(targets_N, mesh), weight_VD), mesh)
-        picked = _capped((hidden_ND * rows_ND).sum(1), softcap).sum()
+        picked_N = (hidden_ND * rows_ND).sum(1)
+        if bias_V is not None:
+            picked_N = picked_N + as_replicated(bias_V[targets_N], mesh)
+        picked = _capped(picked_N, softcap).sum()
         loss = loss + label_smoothing * (picked - logits_NV.sum() / logits_NV.shape[1])
     return whole(loss)
 

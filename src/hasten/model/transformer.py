@@ -5,7 +5,9 @@
     encoder_decoder    PackedBatch.source -> Embedding -> encoder --memory--.
                        PackedBatch        -> Embedding -> decoder <---------' -> head -> outputs
 
-Shapes: N tokens, M tokens of the source, D hidden size, S sequences.
+    a stack            (N, E) + positions -> norm, dropout, matrix -> (N, D) -> blocks -> norm
+
+Shapes: N tokens, M tokens of the source, D hidden size, E width of the embeddings, S sequences.
 """
 
 from __future__ import annotations
@@ -20,16 +22,23 @@ from torch.utils.checkpoint import checkpoint
 
 from hasten.core.batch import GroupPlan, PackedBatch, SequenceLayout, pack_padded
 from hasten.core.errors import UsageError, nearest
-from hasten.model.attention import Attention, Rotary
+from hasten.model.attention import Attention, Biases, WantedRows
 from hasten.model.config import TransformerConfig
 from hasten.model.heads import ClassificationHead, SpanHead, TokenHead, TokenOutputs
 from hasten.model.layers import (
     Dropout,
     Embedding,
     FeedForward,
-    RotaryTable,
     StochasticDepth,
     build_norm,
+)
+from hasten.model.positions import (
+    UNTURNED,
+    RelativeBias,
+    Rotary,
+    RotaryTable,
+    Rotations,
+    build_positions,
     check_positions,
 )
 
@@ -41,49 +50,90 @@ class Surroundings:
     Attributes:
         layout: where the sequences begin and end.
         plan: groups in which they are looked at; formed outside of what is compiled.
-        rotary: cosines and sines per token; None without rotary positions.
+        rotations: of queries and keys.
+        biases: for each group what is added to the scores; None without relative positions.
         memory_MD: encoded source; None without one.
         memory_plan: groups in which sequences look at their source.
     """
 
     layout: SequenceLayout
     plan: GroupPlan
-    rotary: Rotary | None
+    rotations: Rotations = UNTURNED
+    biases: Biases | None = None
     memory_MD: Tensor | None = None
     memory_plan: GroupPlan | None = None
+    wanted: WantedRows | None = None
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each a residual branch with its norm before or after."""
+    """Attention and feed-forward, each a residual branch with its norms before or after.
+
+    Args:
+        config: of the model.
+        number: in its stack.
+        causal: whether a token sees only itself and what comes before it.
+        reads_source: whether it looks at a source.
+        stochastic_depth: rate at which a sequence skips a branch.
+
+    Attributes:
+        is_local: whether a token sees only those near it.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
+        number: int = 0,
         *,
         causal: bool = False,
         reads_source: bool = False,
         stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm_first = config.norm_placement == "pre"
-        self.attention = Attention(config, causal=causal)
-        self.attention_norm = build_norm(config)
+        placement = config.norm_placement
+        self.norm_first = placement != "post"
+        may_be_local = causal or config.architecture == "encoder"
+        window = config.sliding_window if may_be_local else 0
+        self.is_local = window > 0 and number not in config.global_layers
+        self.attention = Attention(config, causal=causal, window=window * self.is_local)
+        has_norm = config.first_norm or number > 0
+        self.attention_norm = build_norm(config) if has_norm else None
         self.source_attention = Attention(config) if reads_source else None
         self.source_norm = build_norm(config) if reads_source else None
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = build_norm(config)
+        is_sandwich = placement == "sandwich"
+        self.attention_end_norm = build_norm(config) if is_sandwich else None
+        self.source_end_norm = build_norm(config) if is_sandwich and reads_source else None
+        self.feed_forward_end_norm = build_norm(config) if is_sandwich else None
         self.dropout = Dropout(config.dropout)
         self.stochastic_depth = StochasticDepth(stochastic_depth)
 
     def forward(self, x_ND: Tensor, around: Surroundings) -> Tensor:
         """Maps the residual stream (N, D) to (N, D)."""
-        layout = around.layout
+        rotary, wanted = self.rotary(around.rotations), around.wanted
+        if wanted is not None:
+            return self.run_wanted(x_ND, wanted, rotary)
         return self.run(
             x_ND,
-            layout,
-            lambda attention, h: attention(h, around.plan, around.rotary),
+            around.layout,
+            lambda attention, h: attention(h, around.plan, rotary, biases=around.biases),
             lambda attention, h: attention(h, around.memory_plan, None, around.memory_MD),
         )
+
+    def run_wanted(self, x_ND: Tensor, wanted: WantedRows, rotary: Rotary | None) -> Tensor:
+        """Maps the stream (N, D) to its wanted rows (S, D): the others are only looked at."""
+        norm = self.attention_norm if self.norm_first else None
+        memory_ND = x_ND if norm is None else norm(x_ND)
+        return self.run(
+            x_ND.index_select(0, wanted.rows),
+            wanted.layout,
+            lambda attention, h: attention.ask(h, memory_ND, wanted, rotary),
+            lambda attention, h: h,
+        )
+
+    def rotary(self, rotations: Rotations) -> Rotary | None:
+        """Returns the cosines and sines that are this block's."""
+        return rotations.nearby if self.is_local else rotations.everywhere
 
     def run(
         self,
@@ -94,26 +144,28 @@ class Block(nn.Module):
     ) -> Tensor:
         """The block with attention as the caller does it: packed, or from a cache in decoding."""
         own, source = self.attention, self.source_attention
-        x_ND = self._residual(x_ND, self.attention_norm, layout, lambda h: attend(own, h))
-        if source is not None and self.source_norm is not None:
-            x_ND = self._residual(
-                x_ND, self.source_norm, layout, lambda h: attend_to_source(source, h)
-            )
-        return self._residual(x_ND, self.feed_forward_norm, layout, self.feed_forward)
+        norms = self.attention_norm, self.attention_end_norm
+        x_ND = self._residual(x_ND, norms, layout, lambda h: attend(own, h))
+        if source is not None:
+            norms = self.source_norm, self.source_end_norm
+            x_ND = self._residual(x_ND, norms, layout, lambda h: attend_to_source(source, h))
+        norms = self.feed_forward_norm, self.feed_forward_end_norm
+        return self._residual(x_ND, norms, layout, self.feed_forward)
 
     def _residual(
         self,
         x_ND: Tensor,
-        norm: nn.Module,
+        norms: tuple[nn.Module | None, nn.Module | None],
         layout: SequenceLayout,
         branch: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        if self.norm_first:
-            return x_ND + self._thin(branch(norm(x_ND)), layout)
-        return norm(x_ND + self._thin(branch(x_ND), layout))
-
-    def _thin(self, branch_ND: Tensor, layout: SequenceLayout) -> Tensor:
-        return self.stochastic_depth(self.dropout(branch_ND), layout)
+        """Adds a branch, with its norm and that at its end."""
+        norm, end_norm = norms
+        branch_ND = branch(norm(x_ND) if norm is not None and self.norm_first else x_ND)
+        if end_norm is not None:
+            branch_ND = end_norm(branch_ND)
+        x_ND = x_ND + self.stochastic_depth(self.dropout(branch_ND), layout)
+        return x_ND if norm is None or self.norm_first else norm(x_ND)
 
 
 class Stack(nn.Module):
@@ -129,33 +181,56 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         num_layers = num_layers or config.num_layers
+        width = config.embedding_width
         self.max_positions = config.max_positions
-        # Post-norm leaves the embeddings' sum unnormalised otherwise.
-        self.embedding_norm = build_norm(config) if config.norm_placement == "post" else None
+        self.positions = build_positions(config)
+        self.embedding_norm = build_norm(config, width) if config.has_embedding_norm else None
         self.dropout = Dropout(config.dropout)
+        self.projection = (
+            nn.Linear(width, config.hidden_size) if width != config.hidden_size else None
+        )
         self.rotary = RotaryTable(config) if config.positions == "rotary" else None
+        base = config.local_rotary_base
+        self.local_rotary = None if base is None else RotaryTable(config, base)
+        is_relative = config.positions == "relative"
+        self.relative_bias = RelativeBias(config, causal=causal) if is_relative else None
         self.blocks = nn.ModuleList(
             Block(
                 config,
+                i,
                 causal=causal,
                 reads_source=reads_source,
                 stochastic_depth=config.stochastic_depth * i / max(num_layers - 1, 1),
             )
             for i in range(num_layers)
         )
-        self.final_norm = build_norm(config) if config.norm_placement == "pre" else None
+        self.final_norm = None if config.norm_placement == "post" else build_norm(config)
         # Between them processes that share a stream hold some of its rows each.
         self.divide, self.unite = nn.Identity(), nn.Identity()
         self.recompute = False
 
-    def forward(self, x_ND: Tensor, batch: PackedBatch, memory_MD: Tensor | None = None) -> Tensor:
-        """Maps embeddings (N, D) to hidden states (N, D).
+    def forward(
+        self,
+        x_NE: Tensor,
+        batch: PackedBatch,
+        memory_MD: Tensor | None = None,
+        wanted: WantedRows | None = None,
+    ) -> Tensor:
+        """Maps embeddings (N, E) to hidden states (N, D), or to those of the wanted rows (S, D).
 
         Raises:
             UsageError: a sequence is longer than ``max_positions``.
         """
-        x_ND = self.divide(self.enter(x_ND))
-        return self.unite(self.leave(self.advance(x_ND, batch, memory_MD)))
+        check_positions(batch.layout, self.max_positions)
+        x_ND = self.divide(self.enter(x_NE, batch.positions))
+        return self.unite(self.leave(self.advance(x_ND, batch, memory_MD, wanted=wanted)))
+
+    @property
+    def can_end_early(self) -> bool:
+        """Whether the last block can do with the rows that are wanted of it."""
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return not last.is_local and self.relative_bias is None
 
     def advance(
         self,
@@ -163,6 +238,7 @@ class Stack(nn.Module):
         batch: PackedBatch,
         memory_MD: Tensor | None = None,
         blocks: Iterable[nn.Module] | None = None,
+        wanted: WantedRows | None = None,
     ) -> Tensor:
         """Runs the blocks that are here; ``recompute`` trades their activations for time.
 
@@ -171,19 +247,25 @@ class Stack(nn.Module):
             batch: that it belongs to.
             memory_MD: encoded source; None without one.
             blocks: to run instead of all that are here.
+            wanted: rows to which the last of them is confined; None for all.
 
         Raises:
             UsageError: a sequence is longer than ``max_positions``.
         """
         check_positions(batch.layout, self.max_positions)
+        plan = batch.layout.group_plan
         around = Surroundings(
             batch.layout,
-            batch.layout.group_plan,
+            plan,
             self.rotate(batch.positions),
+            self.biases(plan),
             memory_MD,
             None if memory_MD is None else batch.source_plan,
         )
-        for block in self.blocks if blocks is None else blocks:
+        run = list(self.blocks if blocks is None else blocks)
+        for number, block in enumerate(run, 1):
+            if wanted is not None and number == len(run):
+                around = dataclasses.replace(around, wanted=wanted)
             if self.recompute and self.training:
                 # Stopping early would leave the block's last collective without a wait for it, and
                 # torch holds its tensors until there is one.
@@ -194,13 +276,28 @@ class Stack(nn.Module):
                 x_ND = block(x_ND, around)
         return x_ND
 
-    def rotate(self, positions: Tensor) -> Rotary | None:
+    def rotate(self, positions: Tensor) -> Rotations:
         """Returns the cosines and sines of (N,) positions, where they are rotary."""
-        return None if self.rotary is None else self.rotary(positions)
+        if self.rotary is None:
+            return UNTURNED
+        everywhere, local = self.rotary(positions), self.local_rotary
+        return Rotations(everywhere, everywhere if local is None else local(positions))
 
-    def enter(self, x_ND: Tensor) -> Tensor:
-        """What happens to embeddings before the first block."""
-        return self.dropout(x_ND if self.embedding_norm is None else self.embedding_norm(x_ND))
+    def biases(self, plan: GroupPlan) -> Biases | None:
+        """Returns for each group what all blocks add to scores, where positions are relative."""
+        bias = self.relative_bias
+        if bias is None:
+            return None
+        return tuple(bias.between(group.queries.length) for group in plan.groups)
+
+    def enter(self, x_NE: Tensor, positions: Tensor) -> Tensor:
+        """What happens to embeddings (N, E) before the first block: (N, D)."""
+        if self.positions is not None:
+            x_NE = x_NE + self.positions(positions)
+        if self.embedding_norm is not None:
+            x_NE = self.embedding_norm(x_NE)
+        x_NE = self.dropout(x_NE)
+        return x_NE if self.projection is None else self.projection(x_NE)
 
     def leave(self, x_ND: Tensor) -> Tensor:
         """What happens to hidden states after the last block."""
@@ -293,16 +390,24 @@ class Transformer(nn.Module):
         batch = batch.filled(self.row_multiple)
         if (batch.source is not None) != (self.config.architecture == "encoder_decoder"):
             raise UsageError("a source belongs to an encoder_decoder, and to nothing else.")
-        x_ND = self.embed(batch)
-        if self.decoder is None:
-            assert self.encoder is not None
-            x_ND = self.encoder(x_ND, batch)
-        else:
-            memory_MD = None if batch.source is None else self.encode(batch.source)
-            x_ND = self.decoder(x_ND, batch, memory_MD)
+        x_NE = self.embed(batch)
+        memory_MD = None if batch.source is None else self.encode(batch.source)
+        stack = self.decoder or self.encoder
+        assert stack is not None
+        if (wanted := self._wanted(stack, batch)) is not None:
+            return self.score(stack(x_NE, batch, memory_MD, wanted), wanted.layout)
+        x_ND = stack(x_NE, batch, memory_MD)
         if batch.num_filler:
             x_ND = x_ND[: batch.num_tokens - batch.num_filler]
         return self.score(x_ND, batch.unfilled_layout)
+
+    def _wanted(self, stack: Stack, batch: PackedBatch) -> WantedRows | None:
+        """Returns the rows that the head looks at, where they are few and nobody shares them."""
+        if not isinstance(self.head, ClassificationHead) or self.row_multiple > 1:
+            return None
+        if batch.source is not None or not stack.can_end_early:
+            return None
+        return self.head.wanted_rows(batch.layout)
 
     @property
     def stacks(self) -> list[Stack]:
@@ -315,15 +420,14 @@ class Transformer(nn.Module):
         return [block for stack in self.stacks for block in stack.blocks]
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """Returns the embeddings (N, D) of a batch."""
-        return self.embedding(batch.token_ids, batch.positions, batch.token_types)
+        """Returns the embeddings (N, E) of a batch's tokens."""
+        return self.embedding(batch.token_ids, batch.token_types)
 
     def encode(self, source: PackedBatch) -> Tensor:
         """Returns the encoded source (M, D) of an encoder-decoder."""
         assert self.encoder is not None
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
-        x_MD = embedding(source.token_ids, source.positions, source.token_types)
-        return self.encoder(x_MD, source)
+        return self.encoder(embedding(source.token_ids, source.token_types), source)
 
     def score(self, x_ND: Tensor, layout: SequenceLayout) -> Tensor | TokenOutputs:
         """Maps final hidden states to the head's outputs."""

@@ -23,7 +23,7 @@ from hasten.core.errors import MachineError, UsageError
 from hasten.core.ranks import Ranks
 from hasten.model.config import TransformerConfig
 from hasten.model.sharing import check_sharing, declare_roles
-from hasten.model.stages import stage_costs
+from hasten.model.stages import check_stages, stage_costs
 from hasten.model.transformer import Block, Transformer
 from hasten.parallel.data_parallel import Computing, DataParallel, Replicated, Sharded, shard
 from hasten.parallel.divided import DividedRows
@@ -79,8 +79,7 @@ def check_layout(
             "torch cannot cut the backward of compiled blocks in two: leave out train.compile or "
             "the schedule zero-bubble."
         )
-    if config.architecture == "encoder_decoder":
-        raise UsageError("an encoder_decoder cannot be cut into stages: leave out pipeline.")
+    check_stages(config)
     costs = stage_costs(config)
     cut_blocks(
         [costs.block] * config.num_layers, num_stages(find_schedule(schedule), layout.pipeline)

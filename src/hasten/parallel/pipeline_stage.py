@@ -76,7 +76,8 @@ class Stage(nn.Module):
         self.is_first, self.is_last = number == 0, number == num_stages - 1
         self.blocks = nn.ModuleList(stack.blocks.get_submodule(str(i)) for i in blocks)
         if self.is_first:
-            self.embedding, self.embedding_norm = model.embedding, stack.embedding_norm
+            self.embedding, self.positions = model.embedding, stack.positions
+            self.embedding_norm, self.projection = stack.embedding_norm, stack.projection
         if self.is_last:
             self.final_norm, self.head = stack.final_norm, model.head
             if not self.is_first:
@@ -104,7 +105,7 @@ class Stage(nn.Module):
         (model,) = self._model
         stack, batch = own_stack(model), work.filled[number]
         if self.is_first:
-            x_RD = stack.divide(stack.enter(model.embed(batch)))
+            x_RD = stack.divide(stack.enter(model.embed(batch), batch.positions))
         assert x_RD is not None
         x_RD = stack.advance(x_RD, batch, blocks=self.blocks)
         if not self.is_last:

@@ -14,7 +14,7 @@ and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstat
     send                                          b
 
 Payloads of one process, with P elements of weights of w bytes, m micro-batches, N rows of a stream
-of D elements, and the degrees R (replicate), S (shard), C (context), T (tensor):
+of D elements (W of embeddings), and the degrees R (replicate), S (shard), C (context), T (tensor):
 
     replicate, context  all-reduce of gradients     P w, once a step
     shard (S C > 1)     all-gather of weights       m w (2 P of blocks + P of the rest) / T
@@ -22,7 +22,7 @@ of D elements, and the degrees R (replicate), S (shard), C (context), T (tensor)
       with replicate    all-reduce of its part      w P / (T S C), once a step
     tensor, a block     all-gather, reduce-scatter  m N / C D for each input, and for each output
                                                     of attention and feed-forward, either way
-            elsewhere   all-reduce of embeddings    m N D; all-gather backward N / C D
+            elsewhere   all-reduce of embeddings    m N W; all-gather backward N / C D
                         all-gather of hidden states m N / C D
                         all-reduce of the loss      m N (D + 3), of token scores
                         all-reduce of gradients     of norms, once a step
@@ -286,7 +286,8 @@ def _of_tensor(step: _Step) -> Iterator[Message]:
             yield message("all_gather", "the source's rows", source, blocks + again)
             yield message("reduce_scatter", "gradients of the source's rows", source, blocks)
         if step.held.has_embedding:
-            yield message("all_reduce", "embeddings", rows * stream, 1)
+            embedded = rows * config.embedding_width * shape.weight_bytes
+            yield message("all_reduce", "embeddings", embedded, 1)
             yield message("all_gather", "gradients of rows", own * stream, 1)
     if step.held.has_head:
         yield message("all_gather", "hidden states", step.rows[1] // context * stream, 1)

@@ -22,6 +22,7 @@ from hasten.parallel.layout import Layout
 from hasten.parallel.pipeline_plan import cut_blocks, find_schedule, num_stages
 
 _SPLIT_FIRST = (Role.SPLIT_OUTPUTS, Role.SPLIT_ENTRIES, Role.VOCABULARY)
+_BEFORE_BLOCKS = ("positions", "embedding_norm", "projection")
 _NORMS = (Role.ROW_NORM, Role.HEAD_NORM)
 
 
@@ -149,5 +150,5 @@ def _is_here(
         return int(block.rpartition(".")[2]) in own
     if name == TIED_NAME and config.head == "language_modelling" and config.tie_embeddings:
         return has_first or has_last
-    is_early = name.startswith("embedding.") or ".embedding_norm." in name
+    is_early = name.startswith("embedding.") or name.split(".")[1] in _BEFORE_BLOCKS
     return has_first if is_early else has_last

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hasten.core.batch import PackedBatch, SequenceLayout, positions_from_lengths
-from hasten.model.attention import causal_mask
+from hasten.model.attention import near_mask
 from hasten.model.config import TransformerConfig
 from hasten.model.heads import TokenOutputs
 from hasten.model.token_loss import linear_cross_entropy_sum
@@ -67,7 +67,8 @@ class Activations:
 
     Attributes:
         blocks: what the blocks keep for the backward pass, of the encoder and the decoder.
-        elsewhere: embeddings, head and loss, and what is held for a moment.
+        elsewhere: embeddings, head and loss, and what is held for a moment; less what the last
+            block need not keep where the head looks at few of its rows.
     """
 
     blocks: int
@@ -75,24 +76,45 @@ class Activations:
 
 
 def measure_activations(config: TransformerConfig, batch: MicroBatch) -> Activations:
-    """Returns what a micro-batch takes in a process that has the whole model."""
+    """Returns what a micro-batch takes in a process that has the whole model.
+
+    The last block of a stack stays the last one, since a head may want few of its rows.
+    """
     is_pair = config.architecture == "encoder_decoder"
-    decoders = config.decoder_layers if is_pair else 0
-    config = _with_layers(config, config.num_layers, decoders)
-    shallow = _held(_with_layers(config, _FEW, _FEW), batch)
-    encoder = _held(_with_layers(config, _MORE, _FEW), batch) - shallow
-    decoder = _held(_with_layers(config, _FEW, _MORE), batch) - shallow if is_pair else 0
-    elsewhere = max(0, shallow - _FEW * (encoder + decoder))
-    return Activations(
-        blocks=config.num_layers * encoder + decoders * decoder,
-        elsewhere=elsewhere,
-    )
+    depth = config.decoder_layers if is_pair else config.num_layers
+    num_global = len(set(config.global_layers))
+    ends_global = depth - 1 in config.global_layers
+    shallow = _held(_with_layers(config, _FEW, 0, ends_global), batch)
+    local = _held(_with_layers(config, _MORE, 0, ends_global), batch) - shallow
+    everywhere = local
+    if num_global:
+        everywhere = _held(_with_layers(config, _MORE, 1, ends_global), batch) - shallow
+    blocks = (depth - num_global) * local + num_global * everywhere
+    measured = (_FEW - 1) * local + (everywhere if ends_global else local)
+    if is_pair:
+        deeper = dataclasses.replace(_with_layers(config, _FEW, 0, ends_global), num_layers=_MORE)
+        encoder = _held(deeper, batch) - shallow
+        blocks, measured = blocks + config.num_layers * encoder, measured + _FEW * encoder
+    return Activations(blocks=blocks, elsewhere=shallow - measured)
 
 
-def _with_layers(config: TransformerConfig, encoders: int, decoders: int) -> TransformerConfig:
+def _with_layers(
+    config: TransformerConfig, depth: int, num_global: int, ends_global: bool
+) -> TransformerConfig:
+    """Returns the model with fewer blocks; of a pair the decoder has ``depth`` of them.
+
+    Args:
+        config: of the model.
+        depth: blocks of the stack that may have a window.
+        num_global: of its first blocks have none.
+        ends_global: whether its last block has none.
+    """
     is_pair = config.architecture == "encoder_decoder"
     return dataclasses.replace(
-        config, num_layers=encoders, num_decoder_layers=decoders if is_pair else None
+        config,
+        num_layers=_FEW if is_pair else depth,
+        num_decoder_layers=depth if is_pair else None,
+        global_layers=(*range(num_global), *[depth - 1] * ends_global),
     )
 
 
@@ -136,7 +158,7 @@ def _run(config: TransformerConfig, batch: MicroBatch, *, backward: bool) -> int
                 loss = _loss(model(given), batch.label_smoothing)
             if backward:
                 loss.backward()
-    causal_mask.cache_clear()  # a fake one must not be met again
+    near_mask.cache_clear()  # a fake one must not be met again
     return held.peak
 
 
@@ -161,6 +183,7 @@ def _loss(outputs: Any, label_smoothing: float) -> Tensor:
             outputs.weight_VD,
             torch.zeros(len(outputs.hidden_ND), dtype=torch.int64),
             label_smoothing=label_smoothing,
+            bias_V=outputs.bias_V,
             softcap=outputs.softcap,
         )
     targets = torch.zeros(len(outputs), dtype=torch.int64)

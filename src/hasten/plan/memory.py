@@ -216,6 +216,8 @@ def _activations(config: TransformerConfig, layout: Layout, load: Load) -> int:
     found = measure_activations(config, batch)
     num_parts = layout.tensor * layout.context
     kept, elsewhere = found.blocks // num_parts, found.elsewhere
+    if num_parts > 1:  # where the last block computes all rows
+        elsewhere = max(0, elsewhere)
     if layout.tensor == 1:
         return kept + elsewhere
     is_pair = config.architecture == "encoder_decoder"
