@@ -9,7 +9,10 @@ scores are those of the data's own script: characters count, not words. Training
 2,600 questions is no match for a pretrained encoder; the baseline answers every question with
 the first sentence of its context. hasten's defaults are used; what follows `--` goes to it too.
 
-    python benchmarks/cmrc.py --seeds 1 2 3 [--output FILE] [-- --epochs 2]
+With --model it begins with a pretrained encoder; with --redrawn too, with one of the same kind and
+tokenizer whose weights are drawn anew, to see what pretraining is worth.
+
+    python benchmarks/cmrc.py --seeds 1 2 3 [--model FOLDER [--redrawn]] [-- --epochs 2]
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -43,12 +47,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=CMRC, help="a file in the layout of SQuAD")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--model", type=Path, help="folder of a pretrained encoder")
+    parser.add_argument("--redrawn", action="store_true", help="with its weights drawn anew")
     parser.add_argument("--threads", type=int, default=available_threads())
     parser.add_argument("--output", type=Path, help="file to keep the result in")
     own, rest = sys.argv[1:], []
     if "--" in own:
         own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
     arguments = parser.parse_args(own)
+    if arguments.redrawn and arguments.model is None:
+        parser.error("--redrawn needs --model")
     arguments.rest = rest
     return arguments
 
@@ -68,6 +76,8 @@ def main() -> None:
         "data": arguments.data.name,
         "num_questions": {name: count_questions(part) for name, part in parts.items()},
         "options": arguments.rest,
+        "begins_with": None if arguments.model is None else arguments.model.absolute().parent.name,
+        "redrawn": arguments.redrawn,
         "seeds": seeds,
         "medians": medians(seeds),
         "machine": describe_machine(arguments.threads),
@@ -103,6 +113,12 @@ def run_seed(
         command = [sys.executable, "-m", "hasten", "train", files["train"]]
         command += ["--validation", files["validation"], "--test", files["test"]]
         command += ["--seed", str(seed), "--output", f"{name}/run", "--json"]
+        if arguments.model is not None:
+            model = folder / "model"
+            shutil.copytree(arguments.model, model)
+            if arguments.redrawn:
+                redraw(model, seed)
+            command += ["--model", str(model)]
         environment = child_environment(folder, arguments.threads)
         done = run_json([*command, *arguments.rest], environment)
     found, training = done.result, done.result["training"]
@@ -121,6 +137,16 @@ def run_seed(
         "baseline_exact_match": baseline["exact_match"],
         "baseline_f1": baseline["f1"],
     }
+
+
+def redraw(folder: Path, seed: int) -> None:
+    """Writes weights drawn at random, as transformers draws them, over those of a model."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
 
 
 def describe(run: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def assert_resumes_exactly(folder: Path, settings: dict[str, Any]) -> None:
         torch.manual_seed(step)  # what the process drew in the meantime is of no account
         arguments = {"resume": stopped}
     resumed = hasten.train(resume=stopped)
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+    for name in ("model.safetensors", "config.json", "hasten.json", "tokenizer.json"):
         first, second = ((run / "model" / name).read_bytes() for run in (whole.folder, stopped))
         assert first == second, name
     assert _metrics(whole.folder) == _metrics(stopped)

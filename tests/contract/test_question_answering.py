@@ -125,7 +125,12 @@ def test_a_saved_run_predicts_the_same_in_a_new_process(eight: hasten.Run):
     "settings",
     [
         {"tokenizer.kind": "char", "train.label_smoothing": 0.05},
-        {"model.positions": "learned", "model.norm": "layernorm", "model.qk_norm": True},
+        {
+            "model.positions": "learned",
+            "model.norm": "layernorm",
+            "model.qk_norm": True,
+            "train.epochs": 150,
+        },
         {"tokenizer.kind": "unigram", "model.norm_placement": "post", "train.learning_rate": 3e-3},
     ],
 )

@@ -272,6 +272,7 @@ def test_the_run_folder_is_complete(eight: hasten.Run):
     names = {path.name for path in eight.folder.iterdir()} - {".lock"}
     assert names == {
         "config.yaml",
+        "architecture.json",
         "plan.json",
         "data.json",
         "environment.json",
@@ -285,6 +286,7 @@ def test_the_run_folder_is_complete(eight: hasten.Run):
     for name in ("plan.json", "data.json", "environment.json", "result.json"):
         json.loads((eight.folder / name).read_text(encoding="utf-8"))
     assert {p.name for p in (eight.folder / "model").iterdir()} == {
+        "hasten.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -308,7 +310,9 @@ def test_the_saved_configuration_repeats_the_run(tmp_path: Path):
     assert first == second
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["hasten.json", "config.json", "model.safetensors", "tokenizer.json"]
+)
 def test_a_damaged_model_is_refused(name: str, eight: hasten.Run, tmp_path: Path):
     import shutil
 

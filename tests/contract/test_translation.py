@@ -358,6 +358,7 @@ def test_the_run_folder_holds_both_vocabularies(tmp_path: Path):
     run = hasten.train(output=tmp_path / "run", settings=settings)
     names = {path.name for path in (run.folder / "model").iterdir()}
     assert names == {
+        "hasten.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -370,6 +370,11 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def rewrite_part(path: Path, part: str, **changes: Any) -> None:
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, part: {**values[part], **changes}}))
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
@@ -384,13 +389,23 @@ DAMAGE = {
     "weights empty": ("model.safetensors", lambda path: path.write_bytes(b"")),
     "weights gone": ("model.safetensors", Path.unlink),
     "config gone": ("config.json", Path.unlink),
-    "config cut": ("config.json", truncate),
-    "config empty": ("config.json", lambda path: path.write_text("{}")),
-    "config a list": ("config.json", lambda path: path.write_text("[]")),
-    "other shape": ("config.json", lambda path: rewrite(path, hidden_size=32)),
-    "other depth": ("config.json", lambda path: rewrite(path, num_layers=2)),
-    "no labels": ("config.json", lambda path: rewrite(path, id2label={})),
-    "labels of wrong form": ("config.json", lambda path: rewrite(path, id2label=["a", "b"])),
+    "config changed": ("config.json", lambda path: rewrite(path, hidden_size=32)),
+    "ours gone": ("hasten.json", Path.unlink),
+    "ours cut": ("hasten.json", truncate),
+    "ours empty": ("hasten.json", lambda path: path.write_text("{}")),
+    "ours a list": ("hasten.json", lambda path: path.write_text("[]")),
+    "other version": ("hasten.json", lambda path: rewrite(path, format_version=2)),
+    "other shape": (
+        "hasten.json",
+        lambda path: rewrite_part(path, "architecture", hidden_size=32),
+    ),
+    "other depth": ("hasten.json", lambda path: rewrite_part(path, "architecture", num_layers=2)),
+    "other option": ("hasten.json", lambda path: rewrite_part(path, "architecture", new=2)),
+    "no labels": ("hasten.json", lambda path: rewrite_part(path, "task_options", id2label={})),
+    "labels of wrong form": (
+        "hasten.json",
+        lambda path: rewrite_part(path, "task_options", id2label=["a", "b"]),
+    ),
     "tokenizer gone": ("tokenizer.json", Path.unlink),
     "tokenizer cut": ("tokenizer.json", truncate),
 }

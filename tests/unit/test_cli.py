@@ -124,7 +124,16 @@ def test_help_names_every_verb_and_the_flags_that_matter(cli):
     train = cli("train", "--help").out
     for flag in (
         *("--task", "--tokenizer", "--validation", "--test", "--text-column", "--label-column"),
-        *("--preset", "--config", "--output", "--seed", "--epochs", "--device", "--resume"),
+        *(
+            "--model",
+            "--preset",
+            "--config",
+            "--output",
+            "--seed",
+            "--epochs",
+            "--device",
+            "--resume",
+        ),
         *("--dry-run", "--json", "--quiet", "--help-all"),
     ):
         assert f"{flag} " in train or f"{flag}\n" in train, flag

@@ -234,6 +234,9 @@ SAMPLES: dict[str, Any] = {
     "data.validation": ("some/file",),
     "data.test": ("some/file",),
     "data.augment": ("word_swap", "char_noise=0.05"),
+    "tokenizer.add_tokens": ("<one>", "two"),
+    "finetune.freeze": ("embedding", "*.blocks.0"),
+    "finetune.targets": ("query",),
 }
 
 
@@ -365,7 +368,7 @@ def test_the_words_are_those_of_the_packages():
     from hasten.task.text_classification import LossSettings
 
     fields = SECTIONS["tokenizer"].model_fields
-    assert set(literals(fields["kind"].annotation)) == set(KINDS)
+    assert set(literals(fields["kind"].annotation)) == {*KINDS, "pretrained"}
     kinds = literals(LossSettings.__dataclass_fields__["kind"].type and _hint(LossSettings, "kind"))
     assert set(literals(SECTIONS["train"].model_fields["loss"].annotation)) == set(kinds)
     segments = SECTIONS["data"].model_fields["segments"].annotation
@@ -382,6 +385,34 @@ def _hint(cls: type, name: str) -> Any:
     return get_type_hints(cls)[name]
 
 
+# What only the folder of a pretrained model says.
+OF_PRETRAINED_ALONE = {
+    "head_dim",
+    "norm_epsilon",
+    "first_norm",
+    "embedding_norm",
+    "embedding_size",
+    "embedding_scale",
+    "global_layers",
+    "attention_scale",
+    "attention_softcap",
+    "logit_scale",
+    "logit_bias",
+    "sinusoids",
+    "position_offset",
+    "relative_buckets",
+    "relative_max_distance",
+    "rotary_base",
+    "local_rotary_base",
+    "rotary_scaling",
+    "qkv_bias",
+    "output_bias",
+    "head_activation",
+    "head_norm",
+    "head_bias",
+}
+
+
 def test_model_settings_admit_what_the_model_admits():
     decided_by_the_task = {
         "vocab_size",
@@ -392,14 +423,13 @@ def test_model_settings_admit_what_the_model_admits():
         "architecture",
         "head",
     }
-    never_set = {"norm_epsilon", "rotary_base", "attention_softcap"}
-    given_elsewhere = decided_by_the_task | never_set
+    given_elsewhere = decided_by_the_task | OF_PRETRAINED_ALONE
     for field in dataclasses.fields(TransformerConfig):
         words = literals(_hint(TransformerConfig, field.name))
         if words and field.name not in given_elsewhere:
             assert set(literals(ModelConfig.model_fields[field.name].annotation)) == set(words)
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert set(ModelConfig.model_fields) == names - given_elsewhere
+    assert set(ModelConfig.model_fields) - {"pretrained", "portable"} == names - given_elsewhere
 
 
 @functools.cache
@@ -425,6 +455,7 @@ OWNERS = {
     "model": {"model", "config"},
     "train": {"train"},
     "optim": {"optim"},
+    "finetune": {"finetune", "config"},
     "parallel": {"parallel"},
     "eval": {"eval"},
     "": {"config"},
@@ -459,7 +490,7 @@ def test_no_setting_is_silently_ignored(key: str):
 
 
 def test_the_settings_of_tasks_are_all_of_them_and_every_task_says_which_it_honours():
-    names = {field.name for field in dataclasses.fields(TaskSettings)}
+    names = {field.name for field in dataclasses.fields(TaskSettings)} - {"pretrained"}
     assert names == SETTING_KEYS.keys()
     assert set(SETTING_KEYS.values()) <= set(known_keys())
     for task in TASKS.values():

@@ -40,6 +40,41 @@ MODELS: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
     "encoder-decoder": {"architecture": "encoder_decoder", "head": "language_modelling"},
+    "narrow and near": {
+        "embedding_size": 24,
+        "embedding_norm": True,
+        "first_norm": False,
+        "head_dim": 24,
+        "sliding_window": 8,
+        "global_layers": (0, 3),
+        "local_rotary_base": 50.0,
+        "activation": "geglu",
+        "pooling": "last",
+        "head_activation": "tanh",
+        "head_norm": True,
+    },
+    "sandwich": {
+        **DECODER,
+        "norm_placement": "sandwich",
+        "norm": "rmsnorm",
+        "embedding_scale": 8.0,
+        "activation": "geglu_tanh",
+        "sliding_window": 8,
+        "global_layers": (1,),
+        "logit_bias": True,
+        "logit_scale": 0.5,
+    },
+    "first token": {"pooling": "first"},
+    "relative": {
+        "architecture": "encoder_decoder",
+        "head": "language_modelling",
+        "positions": "relative",
+        "attention_scale": 1.0,
+        "norm": "rmsnorm",
+        "bias": False,
+        "activation": "relu",
+        "dropout": 0.0,
+    },
 }
 TOLERANCE = 0.03
 """Of activations: measured was at most 1.5%, where 16-bit casts come at other moments."""
@@ -83,9 +118,11 @@ def measured(config: TransformerConfig, batch: MicroBatch) -> int:
         with torch.autocast("cpu", torch.bfloat16, enabled=batch.precision == "bf16"):
             outputs = model(given)
             if isinstance(outputs, TokenOutputs):
-                hidden_ND, weight_VD, softcap = outputs
+                hidden_ND, weight_VD, softcap, bias_V = outputs
                 targets = torch.zeros(len(hidden_ND), dtype=torch.int64)
-                loss = linear_cross_entropy_sum(hidden_ND, weight_VD, targets, softcap=softcap)
+                loss = linear_cross_entropy_sum(
+                    hidden_ND, weight_VD, targets, bias_V=bias_V, softcap=softcap
+                )
             else:
                 targets = torch.zeros(len(outputs), dtype=torch.int64)
                 loss = nn.functional.cross_entropy(outputs.float(), targets, reduction="sum")
@@ -117,7 +154,7 @@ def test_recomputed_blocks_keep_their_inputs():
         stack.recompute = True
 
     def step() -> None:
-        hidden_ND, weight_VD, _ = model(real_batch(MicroBatch(EQUAL)))
+        hidden_ND, weight_VD, *_ = model(real_batch(MicroBatch(EQUAL)))
         targets = torch.zeros(len(hidden_ND), dtype=torch.int64)
         linear_cross_entropy_sum(hidden_ND, weight_VD, targets).backward()
 

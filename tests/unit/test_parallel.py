@@ -50,6 +50,9 @@ def test_a_layout_is_read_as_it_is_written(layout: Layout):
         ({"num_heads": 4, "num_kv_heads": 2}, "tensor=4", "the 2 key/value heads: 1, 2 would"),
         ({"feed_forward_size": 75}, "tensor=2", "--model.feed_forward_size 74 would fit"),
         ({"stochastic_depth": 0.1}, "context=2", "stochastic_depth does not go with"),
+        ({"positions": "relative"}, "tensor=2", "relative positions do not go with tensor or"),
+        ({"positions": "relative"}, "context=2", "relative positions do not go with tensor or"),
+        ({"positions": "relative"}, "pipeline=2", "blocks with relative positions share a weight"),
         (
             {"hidden_size": 32, "num_heads": 8, "max_positions": 4},
             "context=8",

@@ -53,14 +53,13 @@ CPU = Machine(torch.device("cpu"), 64)
 def batch_of(parts: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]]) -> PackedBatch:
     """Sequences of a class token with so many question tokens, and so many of the context."""
     lengths = [1 + question + context for question, context in parts]
-    types = [t for q, c in parts for t in [0] * (1 + q) + [1] * c]
+    ranges = [(1 + question, 1 + question + context) for question, context in parts]
     return PackedBatch(
         token_ids=torch.zeros(sum(lengths), dtype=torch.int64),
         positions=torch.from_numpy(positions_from_lengths(lengths)),
         layout=SequenceLayout.from_lengths(lengths),
         example_ids=torch.arange(len(lengths)),
-        token_types=torch.tensor(types),
-        targets=torch.tensor(targets),
+        targets=torch.tensor([(*t, *r) for t, r in zip(targets, ranges, strict=True)]),
     )
 
 
@@ -84,20 +83,19 @@ def test_the_packed_loss_is_the_loss_one_by_one(
     scored: tuple[Tensor, PackedBatch], smoothing: float
 ):
     scores, batch = scored
-    assert batch.targets is not None and batch.token_types is not None
+    assert batch.targets is not None
     packed, alone = (scores.clone().requires_grad_() for _ in range(2))
     loss = span_loss_sum(packed, batch, smoothing)
     reference = torch.zeros((), dtype=torch.float64)
     lengths = list(batch.layout.lengths)
     pieces = zip(
         torch.split(alone, lengths),
-        torch.split(batch.token_types, lengths),
         batch.targets.tolist(),
         strict=True,
     )
-    for piece, types, targets in pieces:
+    for piece, (*targets, first, end) in pieces:
         # The class token and the context, and nothing else, may be chosen.
-        chosen = [0, *torch.nonzero(types)[:, 0].tolist()]
+        chosen = [0, *range(first, end)]
         for side in range(2):
             reference = reference + F.cross_entropy(
                 piece[chosen, side][None],
@@ -118,11 +116,11 @@ def test_the_packed_loss_is_the_loss_one_by_one(
 @given(scored=scored_batches())
 def test_probabilities_add_to_one_in_each_sequence(scored: tuple[Tensor, PackedBatch]):
     scores, batch = scored
-    assert batch.token_types is not None
+    assert batch.targets is not None
     found = span_log_probabilities(scores, batch).exp()
-    is_question = (batch.token_types == 0) & (batch.positions > 0)
-    assert not found[is_question].any()
-    for piece in torch.split(found, list(batch.layout.lengths)):
+    pieces = torch.split(found, list(batch.layout.lengths))
+    for piece, (*_, first, end) in zip(pieces, batch.targets.tolist(), strict=True):
+        assert not piece[1:first].any() and not piece[end:].any()
         assert piece.sum(0).tolist() == pytest.approx([1, 1])
 
 

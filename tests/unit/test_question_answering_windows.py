@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from hasten.core.batch import PackedBatch
 from hasten.data import windows as windows_module
 from hasten.data.corpus import Corpus, open_corpus
 from hasten.data.rows import open_rows
 from hasten.data.spans import Answer, answers_from_json, answers_to_json, cover_text, token_span
+from hasten.data.template import Template
 from hasten.data.tokenizer import KINDS, train_tokenizer
 from hasten.data.windows import (
     Passage,
@@ -85,7 +86,18 @@ def passages_with_answers(draw: st.DrawFn) -> Passage:
     return Passage(context, draw(TEXT.filter(str.strip)), (start, start + len(piece.strip())))
 
 
-FORMS = st.builds(WindowForm, st.integers(8, 48), st.integers(1, 40), st.booleans())
+TEMPLATES = (
+    Template((2,), (3,), (3,), numbers_segments=True),  # BERT
+    Template((0,), (2, 2), (2,)),  # RoBERTa
+)
+OWN_FORMS = st.builds(WindowForm, st.integers(8, 48), st.integers(1, 40), st.booleans())
+FORMS = OWN_FORMS | st.builds(
+    WindowForm,
+    st.integers(8, 48),
+    st.integers(1, 40),
+    st.just(value=False),
+    st.sampled_from(TEMPLATES),
+)
 
 
 @settings(max_examples=400)
@@ -108,7 +120,7 @@ def test_an_answer_that_fits_is_whole_in_a_window_and_its_tokens_lead_back_to_it
         if (first, last) == (0, 0):
             continue
         held[windows.questions[window]] = True
-        assert begin <= first <= last < windows.lengths[window]
+        assert begin <= first <= last < windows.context_ends[window]
         start, end = windows.characters(window, first, last)
         # All of the answer, and no token that has no part in it.
         assert start <= passage.answer[0] and passage.answer[1] <= end
@@ -167,7 +179,7 @@ def test_offsets_by_hand(tokenizers: dict[str, Tokenizer]):
     texts=st.lists(
         st.tuples(TEXT.filter(str.strip), TEXT.filter(str.strip)), min_size=1, max_size=4
     ),
-    form=FORMS,
+    form=OWN_FORMS,
     kind=st.sampled_from(["bpe", "wordpiece"]),
     seed=st.integers(0, 9),
 )
@@ -201,7 +213,35 @@ def test_a_packed_window_is_class_token_question_separator_and_a_part_of_the_con
         assert bool(encoded.is_cut[row]) == (len(question) > form.max_length // 2)
     for row, (context, _) in enumerate(texts):
         assert seen[row] == set(range(len(tokenizer.encode(context).ids)))
-    assert batch.targets is not None and not batch.targets.any()  # nothing was answered
+    assert batch.targets is not None and not batch.targets[:, :2].any()  # nothing was answered
+
+
+@settings(max_examples=100)
+@given(
+    question=TEXT.filter(str.strip),
+    context=TEXT.filter(str.strip),
+    template=st.sampled_from(TEMPLATES),
+)
+def test_a_template_stands_around_question_and_context_as_in_the_pretrained_tokenizer(
+    question: str, context: str, template: Template, tokenizers: dict[str, Tokenizer]
+):
+    tokenizer = Tokenizer.from_str(tokenizers["wordpiece"].to_str())
+    if template.numbers_segments:
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    else:
+        tokenizer.post_processor = processors.RobertaProcessing(("[CLS]", 2), ("[PAD]", 0))
+    form = WindowForm(4000, 1, marks_matches=False, template=template)
+    encoded = encode_passages(tokenizer, [Passage(context, question)], form)
+    batch = Windows.over(encoded, np.array([0]), form, tokenizer).pack(np.array([0]))
+    wanted = tokenizer.encode(question, context)
+    assert batch.token_ids.tolist() == wanted.ids
+    if template.numbers_segments:
+        assert batch.token_types is not None and batch.token_types.tolist() == wanted.type_ids
+    else:
+        assert batch.token_types is None
+    assert batch.targets is not None
+    (first, end) = batch.targets[0, 2:].tolist()
+    assert wanted.ids[first:end] == tokenizer.encode(context, add_special_tokens=False).ids
 
 
 def types_of(context: list[int], question: list[int], marks_matches: bool) -> list[int]:

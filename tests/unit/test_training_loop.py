@@ -148,7 +148,7 @@ def test_the_averaged_weights_are_what_is_evaluated_and_kept(data_file: Path, tm
     machine = Machine(parts.device, batch_tokens=500)
     raw = measure(parts.model, parts.task, split, machine).compute()
     last = recorder.evaluations[-1].metrics
-    copy = build_model(plan.config, plan.data.task)
+    copy = build_model(plan, Path("none"), Recorder())
     copy.load_state_dict(dict(copy.state_dict()) | parts.average.tensors())
     averaged = measure(copy, parts.task, split, machine).compute()
     assert averaged["loss"] == pytest.approx(last["loss"], abs=1e-6)
@@ -529,14 +529,14 @@ MODEL_SETTINGS: dict[str, Any] = {
     "pooling": "mean",
 }
 ELSEWHERE = {
-    "text-classification": {"num_decoder_layers", "sliding_window", "logit_softcap"},
+    "text-classification": {"num_decoder_layers", "logit_softcap"},
     "translation": {"pooling"},
 }
 
 
 @pytest.mark.parametrize("task", ELSEWHERE)
 def test_every_model_setting_reaches_the_model(task: str, data_file: Path, tmp_path: Path):
-    assert MODEL_SETTINGS.keys() == ModelConfig.model_fields.keys()
+    assert {*MODEL_SETTINGS, "pretrained", "portable"} == ModelConfig.model_fields.keys()
     default = ModelConfig()
     assert not [name for name in MODEL_SETTINGS if MODEL_SETTINGS[name] == getattr(default, name)]
     settings = {n: v for n, v in MODEL_SETTINGS.items() if n not in ELSEWHERE[task]}
@@ -551,7 +551,7 @@ def test_every_model_setting_reaches_the_model(task: str, data_file: Path, tmp_p
         **{f"model.{name}": value for name, value in settings.items()},
     }
     plan = plan_run(build_config(overrides=overrides), Recorder())
-    found = build_model(plan.config, plan.data.task).config
+    found = build_model(plan, Path("none"), Recorder()).config
     assert {name: getattr(found, name) for name in settings} == settings
     assert found.architecture == plan.data.task.architecture
     assert found.vocab_size == plan.data.task.tokenizers[-1].get_vocab_size()

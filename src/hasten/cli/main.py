@@ -23,7 +23,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from hasten.cli import augment, demo, evaluate, inspect, predict, train
+from hasten.cli import augment, convert, demo, evaluate, export, inspect, predict, train
 from hasten.cli.console import say
 from hasten.cli.settings import show_all_keys
 from hasten.core.errors import DivergenceError, HastenError, UsageError, nearest
@@ -80,6 +80,8 @@ for _name, _function, _help in (
     ("evaluate", evaluate.evaluate, "Measure a run on a file of examples."),
     ("predict", predict.predict, "Use a run on texts, or on the rows of a file."),
     ("augment", augment.augment, "Make more training pairs for a translation."),
+    ("convert", convert.convert, "Turn pickled weights into safetensors."),
+    ("export", export.export, "Write a run for transformers or as ONNX."),
 ):
     app.command(_name, cls=_Verb, short_help=_help)(_function)
 

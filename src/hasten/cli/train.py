@@ -15,7 +15,7 @@ from hasten.core.errors import UsageError
 
 if TYPE_CHECKING:
     from hasten.config.schema import ParallelConfig, RunConfig
-    from hasten.training.build import Plan
+    from hasten.training.planned import Plan
 
 
 def train(
@@ -41,6 +41,9 @@ def train(
     task: str = typer.Option(
         None,
         help="text-classification, text-generation, translation, question-answering.",
+    ),
+    model: str = typer.Option(
+        None, metavar="MODEL", help="Pretrained model to begin with: folder, or owner/name."
     ),
     preset: str = typer.Option(None, help="Named settings: tiny, small, base, article."),
     config: str = typer.Option(None, "-c", "--config", help="YAML file of settings."),
@@ -82,6 +85,7 @@ def train(
         "data.test_target": test_target,
         "data.text_columns": tuple(text_column) if text_column else None,
         "data.label_column": label_column,
+        "model.pretrained": model,
         "train.seed": seed,
         "train.epochs": epochs,
         "train.device": device,

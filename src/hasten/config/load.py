@@ -55,14 +55,20 @@ def build_config(
         raise UsageError(_explain(error, merged)) from None
 
 
-def config_to_yaml(config: RunConfig) -> str:
-    """Returns the configuration as YAML that ``build_config`` reads back to the same values."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def config_to_yaml(config: RunConfig, *, only_given: bool = False) -> str:
+    """Returns the configuration as YAML that ``build_config`` reads back to the same values.
+
+    Args:
+        config: of a run.
+        only_given: leave out what nobody has set, so that it stays so.
+    """
+    content = config.model_dump(mode="json", exclude_unset=only_given)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def replace_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Returns a copy with the dotted keys of ``values`` set, checked anew."""
-    nested = config.model_dump()
+    nested = config.model_dump(exclude_unset=True)
     for key, value in values.items():
         _set(nested, key, value)
     try:

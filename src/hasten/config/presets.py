@@ -8,6 +8,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"model": {"num_layers": 1, "hidden_size": 64, "num_heads": 2}},
     "small": {"model": {"num_layers": 4, "hidden_size": 256, "num_heads": 4}},
     "base": {"model": {"num_layers": 12, "hidden_size": 768, "num_heads": 12}},
+    # Loadable by transformers whatever the task: the options of its nearest class.
+    "portable": {"model": {"portable": True}},
     # Answers written, where question-answering finds them in the context.
     "generative-qa": {"task": "text-generation", "tokenizer": {"max_length": 512}},
     # The article's program: the Transformer of 2017, trained with Adam. Its rate of 1e-3 is too

@@ -6,7 +6,8 @@
       model      the architecture
       train      what one run does: epochs, steps, loss, regularisation of the targets
       optim      optimizer, schedule, penalties
-  parallel   how many processes, and what each of them is for
+      finetune   what of a pretrained model is trained, and how
+      parallel   how many processes, and what each of them is for
       eval       when the model is measured, and on what it is judged
 
 A field's description is its ``--help``. ``auto`` is a value a person may write: the resolved
@@ -121,9 +122,10 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes tokens."""
 
-    kind: Literal["bpe", "wordpiece", "unigram", "word", "char", "byte"] = Field(
+    kind: Literal["bpe", "wordpiece", "unigram", "word", "char", "byte", "pretrained"] = Field(
         default="bpe",
-        description="trained on the data: byte-level bpe, wordpiece, unigram, word, char, byte",
+        description="trained on the data: byte-level bpe, wordpiece, unigram, word, char, byte; "
+        "of a pretrained model its own",
     )
     path: str | None = Field(default=None, description="a tokenizer.json to use instead")
     vocab_size: Positive | Auto = Field(
@@ -137,11 +139,31 @@ class TokenizerConfig(Section):
         default="auto",
         description="longest sequence in tokens; longer ones are cut and counted, or make windows",
     )
+    add_tokens: Names = Field(
+        default=(),
+        description="words that a pretrained model gets as tokens of their own, by commas",
+    )
+    source_language: str | None = Field(
+        default=None,
+        description="code of the language that a pretrained model of many languages reads",
+    )
+    target_language: str | None = Field(
+        default=None, description="code of the language that it writes"
+    )
 
 
 class ModelConfig(Section):
     """The architecture; see hasten.model.config for each option's source."""
 
+    pretrained: str | None = Field(
+        default=None,
+        description="folder or hub id (owner/name) of a model to begin with, which decides the "
+        "architecture; dropout rates and pooling may be set beside it",
+    )
+    portable: bool = Field(
+        default=False,
+        description="made of options that a transformers class has, to be exported to it",
+    )
     num_layers: Positive | Auto = Field(default="auto", description="number of blocks")
     hidden_size: Positive | Auto = Field(default="auto", description="width of the residual stream")
     num_decoder_layers: Positive | None = Field(
@@ -154,14 +176,14 @@ class ModelConfig(Section):
     feed_forward_size: Positive | None = Field(
         default=None, description="inner width of the feed-forward"
     )
-    activation: Literal["gelu", "relu", "relu_squared", "swiglu"] = Field(
-        default="gelu", description="nonlinearity"
-    )
+    activation: Literal[
+        "gelu", "gelu_tanh", "relu", "relu_squared", "silu", "swiglu", "geglu", "geglu_tanh"
+    ] = Field(default="gelu", description="nonlinearity")
     norm: Literal["layernorm", "rmsnorm"] = Field(default="rmsnorm", description="normalisation")
-    norm_placement: Literal["pre", "post"] = Field(
-        default="pre", description="norm inside or after the residual sum"
+    norm_placement: Literal["pre", "post", "sandwich"] = Field(
+        default="pre", description="norm inside or after the residual sum, or both"
     )
-    positions: Literal["rotary", "learned", "sinusoidal"] = Field(
+    positions: Literal["rotary", "learned", "sinusoidal", "relative", "none"] = Field(
         default="rotary", description="how order is encoded"
     )
     sliding_window: Annotated[int, Field(ge=0)] = Field(
@@ -190,7 +212,7 @@ class ModelConfig(Section):
         default=0.02, description="standard deviation of initial weights"
     )
     zero_init_residual: bool = Field(default=True, description="residual branches start at zero")
-    pooling: Literal["first", "mean", "attention"] = Field(
+    pooling: Literal["first", "last", "mean", "attention"] = Field(
         default="attention", description="how tokens become one vector"
     )
 
@@ -303,6 +325,32 @@ class OptimConfig(Section):
     )
 
 
+class FinetuneConfig(Section):
+    """What of a pretrained model is trained, and how."""
+
+    freeze: Names = Field(
+        default=(),
+        description="parts that stay as they are, by the names of their weights; * is anything, "
+        "as in embedding,encoder.blocks.[0-2]",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="factor on the learning rate from each block to the one below it"
+    )
+    adapter: Literal["none", "lora", "dora"] = Field(
+        default="none",
+        description="train small matrices beside those of the model, which stay as they are",
+    )
+    rank: Positive = Field(default=8, description="adapter: rows of its matrices")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=16.0, description="adapter: its share of a product is alpha / rank"
+    )
+    adapter_dropout: Rate = Field(default=0.0, description="adapter: rate on what goes into it")
+    targets: Names = Field(
+        default=("query", "key", "value", "output", "up", "gate", "down"),
+        description="adapter: the matrices of the blocks that get one, by name",
+    )
+
+
 class ParallelConfig(Section):
     """How many processes share a run, and how."""
 
@@ -364,6 +412,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -374,6 +423,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "train": TrainConfig,
     "optim": OptimConfig,
+    "finetune": FinetuneConfig,
     "parallel": ParallelConfig,
     "eval": EvalConfig,
 }

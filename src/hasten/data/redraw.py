@@ -90,7 +90,7 @@ def redrawn_tokens(
         return TokenStore(
             token_ids=np.asarray(ids, dtype=np.uint32 if wide else np.uint16),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
-            token_types=np.asarray(types, np.uint8) if form.separate_segments else None,
+            token_types=np.asarray(types, np.uint8) if form.has_types else None,
             num_truncated=num_cut,
         )
 

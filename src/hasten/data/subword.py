@@ -134,7 +134,7 @@ class SubwordDropout:
         return TokenStore(
             token_ids=np.asarray(ids, dtype=np.uint32 if wide else np.uint16),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
-            token_types=np.asarray(types, np.uint8) if self.form.separate_segments else None,
+            token_types=np.asarray(types, np.uint8) if self.form.has_types else None,
             num_truncated=num_cut,
         )
 

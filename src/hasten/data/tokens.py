@@ -14,10 +14,11 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer
 from hasten.data.cache import cached, content_key
 from hasten.data.corpus import Corpus
 from hasten.data.messages import learned_turns, read_messages
+from hasten.data.template import Template, template_from_json
 from hasten.data.tokenizer import CLASS, SEPARATOR, token_named, unknown_id
 
 _FORMAT = 4
@@ -44,6 +46,8 @@ class EncodingFormat:
         end_token: end with the separator, which tells a decoder where to stop.
         cells: numbers of the row's cells that are taken; empty for all.
         messages: rows are chats, whose assistant's texts have type 1 and all else type 0.
+        template: what a pretrained model wants around and between cells, in place of the above;
+            None for a model of our own.
     """
 
     max_length: int = 512
@@ -52,6 +56,20 @@ class EncodingFormat:
     end_token: bool = False
     cells: tuple[int, ...] = ()
     messages: bool = False
+    template: Template | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EncodingFormat:
+        """Rebuilds what ``dataclasses.asdict`` made."""
+        template = template_from_json(values.get("template"))
+        return cls(**{**values, "cells": tuple(values["cells"]), "template": template})
+
+    @property
+    def has_types(self) -> bool:
+        """Whether tokens have types that tell segments apart."""
+        if self.template is not None:
+            return self.template.numbers_segments
+        return self.separate_segments
 
     def take(self, row: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the cells of a row that are encoded."""
@@ -137,6 +155,8 @@ class SpecialIds:
         Raises:
             UsageError: the format needs a special token that the tokenizer lacks.
         """
+        if (template := form.template) is not None:
+            return cls(template.first, template.between, template.last, unknown_id(tokenizer))
         return cls(
             (begin_id(tokenizer),) if form.class_token else (),
             (end_id(tokenizer),) if form.separate_segments else (),
@@ -176,7 +196,7 @@ def join_segments(
         room = form.max_length - len(special.first) - len(special.last) - between
         num_cut = _cut(segments, max(0, room))
     if types is None:
-        types = range(len(segments)) if form.separate_segments else [0] * len(segments)
+        types = range(len(segments)) if form.has_types else [0] * len(segments)
     ids, token_types = list(special.first), [0] * len(special.first)
     for number, (tokens, kind) in enumerate(zip(segments, types, strict=True)):
         after = special.last if number == len(segments) - 1 else special.between
@@ -184,7 +204,7 @@ def join_segments(
         token_types += [kind] * (len(tokens) + len(after))
     if not ids:
         ids, token_types = [special.unknown], [0]
-    # Separators alone may be too many for a very small maximum.
+    # Special tokens alone may be too many for a very small maximum.
     limit = form.max_length or len(ids)
     return EncodedText(ids[:limit], token_types[:limit], num_cut)
 
@@ -217,11 +237,11 @@ def _build(
         for rows in _chunks(corpus.texts()):
             for text in encode_texts(tokenizer, rows, form):
                 tokens.write(np.asarray(text.token_ids, dtype=dtype).tobytes())
-                if form.separate_segments:
+                if form.has_types:
                     types.write(bytes(text.token_types))
                 ends.append(ends[-1] + len(text.token_ids))
                 num_truncated += text.num_cut > 0
-    if not form.separate_segments:
+    if not form.has_types:
         (folder / "types.bin").unlink()
     np.save(folder / "offsets.npy", np.frombuffer(ends, dtype=np.int64))
     (folder / "meta.json").write_text(json.dumps({"num_truncated": num_truncated}))

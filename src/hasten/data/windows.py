@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +31,12 @@ from hasten.data.cache import cached, content_key
 from hasten.data.corpus import Corpus
 from hasten.data.packing import places_of
 from hasten.data.spans import answers_from_json, cover_text, token_span, window_starts
-from hasten.data.tokens import begin_id, end_id
+from hasten.data.template import Template
+from hasten.data.tokens import EncodingFormat, SpecialIds
 
 _FORMAT = 1
 _CHUNK = 500
-_NUM_SPECIAL = 2
+_OWN = EncodingFormat(class_token=True, separate_segments=True)
 
 
 class Passage(NamedTuple):
@@ -57,32 +58,43 @@ class WindowForm:
     """How windows are cut.
 
     Attributes:
-        max_length: tokens of a window in all, at least 8. A question takes at most half of them.
+        max_length: tokens of a window in all, at least 8. A question takes at most half of them,
+            and leaves room for a token of the context.
         overlap: tokens of the context that neighbouring windows share; at most half of what a
             window holds of the context.
         marks_matches: whether token types tell which tokens of the context are in the question
             too. A model that was not pretrained hardly finds that out from a few thousand
             questions (the exact-match feature of Chen et al., "Reading Wikipedia to Answer
             Open-Domain Questions", 2017; pairs of tokens are ours).
+        template: what a pretrained model wants around question and context, which then are its
+            first and second segment, with token types as it says; None for a model of our own.
     """
 
     max_length: int = 512
     overlap: int = 128
     marks_matches: bool = True
+    template: Template | None = None
 
     @property
     def num_token_types(self) -> int:
-        """How many token types ``Windows.pack`` gives."""
+        """How many token types ``Windows.pack`` gives; 0 for none."""
+        if self.template is not None:
+            return 2 if self.template.numbers_segments else 0
         return 4 if self.marks_matches else 2
+
+    @property
+    def num_special(self) -> int:
+        """How many special tokens a window has."""
+        return 2 if self.template is None else self.template.num_tokens
 
     @property
     def max_question(self) -> int:
         """Tokens after which a question is cut."""
-        return self.max_length // 2
+        return min(self.max_length // 2, self.max_length - self.num_special - 1)
 
     def room(self, num_question_tokens: int) -> int:
         """Returns the most tokens of the context that a window holds."""
-        return self.max_length - _NUM_SPECIAL - num_question_tokens
+        return self.max_length - self.num_special - num_question_tokens
 
     def starts(self, num_context_tokens: int, num_question_tokens: int) -> list[int]:
         """Returns the first token of each window of a context."""
@@ -188,7 +200,7 @@ class Windows:
         questions: (W,) which of the questions asked for each belongs to.
         rows: (W,) row of that question in ``passages``.
         firsts: (W,) first token of the context in each, counted within the context.
-        special: ids of what begins a sequence, and of what parts question and context.
+        special: tokens before the question, between it and the context, and after that.
     """
 
     passages: Passages
@@ -196,7 +208,7 @@ class Windows:
     questions: np.ndarray
     rows: np.ndarray
     firsts: np.ndarray
-    special: tuple[int, int]
+    special: SpecialIds
 
     @classmethod
     def over(
@@ -221,7 +233,7 @@ class Windows:
             questions,
             rows[questions],
             np.concatenate([np.empty(0, np.int64), *starts]),
-            (begin_id(tokenizer), end_id(tokenizer)),
+            SpecialIds.of(tokenizer, replace(_OWN, template=form.template)),
         )
 
     def __len__(self) -> int:
@@ -231,13 +243,24 @@ class Windows:
     @cached_property
     def context_starts(self) -> np.ndarray:
         """(W,) place in its sequence at which each window's context begins."""
-        return self.passages.num_question_tokens[self.rows] + _NUM_SPECIAL
+        return self.passages.num_question_tokens[self.rows] + self._num_before
+
+    @property
+    def _num_before(self) -> int:
+        """Special tokens before the context."""
+        return len(self.special.first) + len(self.special.between)
+
+    @cached_property
+    def context_ends(self) -> np.ndarray:
+        """(W,) place in its sequence after each window's context."""
+        room = self.form.max_length - len(self.special.last) - self.context_starts
+        held = self.passages.num_context_tokens[self.rows]
+        return self.context_starts + np.minimum(held, room)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """(W,) int64 tokens of each sequence."""
-        held = self.passages.num_context_tokens[self.rows]
-        return self.context_starts + np.minimum(held, self.form.max_length - self.context_starts)
+        return self.context_ends + len(self.special.last)
 
     @cached_property
     def targets(self) -> np.ndarray:
@@ -247,43 +270,51 @@ class Windows:
         """
         spans = self.passages.answers[self.rows].astype(np.int64)
         spans += (self.context_starts - self.firsts)[:, None]
-        is_held = (spans[:, 0] >= self.context_starts) & (spans[:, 1] < self.lengths)
+        is_held = (spans[:, 0] >= self.context_starts) & (spans[:, 1] < self.context_ends)
         return np.where(is_held[:, None], spans, 0)
 
     def pack(self, windows: np.ndarray, weight: float = 1.0) -> PackedBatch:
         """Lays windows end to end; their numbers are the batch's example ids.
 
-        Token types are 0 before the context and 1 in it; with ``form.marks_matches`` 2 where a
-        token of the context is in the question too, 3 where it is there beside the same
-        neighbour. Targets are (S, 2), see ``targets``.
+        Token types are 0 before the context and 1 from there on; with ``form.marks_matches`` 2
+        where a token of the context is in the question too, 3 where it is there beside the same
+        neighbour. Targets are (S, 4): first and last token of the answer, see ``targets``; first
+        token of the context, and the place after its last.
 
         Args:
             windows: (S,) their numbers, in the order in which they are laid down.
             weight: units that the step's summed loss is divided by.
         """
-        passages, rows = self.passages, self.rows[windows]
-        heads, lengths = self.context_starts[windows], self.lengths[windows]
+        passages, rows, special = self.passages, self.rows[windows], self.special
+        heads, ends = self.context_starts[windows], self.context_ends[windows]
+        lengths = self.lengths[windows]
         begins = np.cumsum(lengths) - lengths
-        in_question = places_of(begins + 1, heads - _NUM_SPECIAL)
-        in_context = places_of(begins + heads, lengths - heads)
+        num_first, held, asked = len(special.first), ends - heads, heads - self._num_before
+        in_question = places_of(begins + num_first, asked)
+        in_context = places_of(begins + heads, held)
         ids, types = np.empty(lengths.sum(), np.int64), np.zeros(lengths.sum(), np.int64)
-        ids[begins], ids[begins + heads - 1] = self.special
-        asked = places_of(passages.question_offsets[rows], heads - _NUM_SPECIAL)
-        ids[in_question] = passages.question_ids[asked]
+        for tokens, places in (
+            (special.first, begins),
+            (special.between, begins + num_first + asked),
+            (special.last, begins + ends),
+        ):
+            ids[places[:, None] + np.arange(len(tokens))] = tokens
+        ids[in_question] = passages.question_ids[places_of(passages.question_offsets[rows], asked)]
         starts = passages.context_offsets[passages.contexts[rows]] + self.firsts[windows]
-        ids[in_context] = passages.context_ids[places_of(starts, lengths - heads)]
-        types[in_context] = 1
+        ids[in_context] = passages.context_ids[places_of(starts, held)]
+        types[places_of(begins + heads, lengths - heads)] = 1
         if self.form.marks_matches:
-            contexts = np.split(ids[in_context], np.cumsum(lengths - heads)[:-1])
-            questions = np.split(ids[in_question], np.cumsum(heads - _NUM_SPECIAL)[:-1])
+            contexts = np.split(ids[in_context], np.cumsum(held)[:-1])
+            questions = np.split(ids[in_question], np.cumsum(asked)[:-1])
             types[in_context] += np.concatenate(list(map(_matches, contexts, questions)))
+        targets = np.column_stack([self.targets[windows], heads, ends])
         return PackedBatch(
             token_ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions_from_lengths(lengths.tolist())),
             layout=SequenceLayout.from_lengths(lengths.tolist()),
             example_ids=torch.from_numpy(windows.astype(np.int64)),
-            token_types=torch.from_numpy(types),
-            targets=torch.from_numpy(self.targets[windows]),
+            token_types=torch.from_numpy(types) if self.form.num_token_types else None,
+            targets=torch.from_numpy(targets),
             weight=weight,
         )
 

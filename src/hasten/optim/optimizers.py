@@ -34,6 +34,7 @@ from hasten.optim.muon import Muon
 NamedParameter = tuple[str, nn.Parameter]
 
 _OUR_DECAY = "applied_weight_decay"  # the group's key where torch's own decay would be coupled
+_RATE = "rate_factor"  # the group's key where its learning rate is not that of the run
 _ADAM_EPSILON = 1e-8
 _ADAM_BETAS = (0.9, 0.999)
 _WIDTH_RULE_STEPS = 4000  # the warm-up of Vaswani et al. 2017
@@ -167,6 +168,7 @@ def parameter_groups(
     *,
     weight_decay: float,
     no_decay: Sequence[str] = (),
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Makes the parameter groups of an optimizer: decayed first, then exempt; empty ones left out.
 
@@ -174,9 +176,12 @@ def parameter_groups(
         named_parameters: as from ``module.named_parameters()``; frozen ones are skipped.
         weight_decay: decoupled decay of the first group, per unit of learning rate.
         no_decay: see ``split_parameters``.
+        rates: factor on the learning rate of each, by name; None for 1. Those of one factor are
+            groups of their own, the highest first.
 
     Returns:
-        Dicts with ``params`` (pairs of name and parameter) and ``weight_decay``.
+        Dicts with ``params`` (pairs of name and parameter), ``weight_decay`` and, where there are
+        ``rates``, ``rate_factor``.
 
     Raises:
         UsageError: nothing is trainable, or a pattern matches no parameter.
@@ -184,11 +189,22 @@ def parameter_groups(
     decayed, exempt = split_parameters(named_parameters, no_decay=no_decay)
     if not decayed and not exempt:
         raise UsageError("The model has no trainable parameter: every one of them is frozen.")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": exempt, "weight_decay": 0.0},
     ]
+    if rates is not None:
+        groups = [part for group in groups for part in _by_rate(group, rates)]
     return [group for group in groups if group["params"]]
+
+
+def _by_rate(group: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Cuts a group into those of one rate each."""
+    found = sorted({rates[name] for name, _ in group["params"]}, reverse=True)
+    return [
+        {**group, "params": [p for p in group["params"] if rates[p[0]] == rate], _RATE: rate}
+        for rate in found
+    ]
 
 
 def default_settings(name: str) -> dict[str, Any]:
@@ -272,9 +288,9 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets the rate of every group, for the step about to be taken."""
+    """Sets the rate of every group, for the step about to be taken; each has its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(_RATE, 1.0)
 
 
 def _recipe(name: str) -> _Recipe:

@@ -87,7 +87,7 @@ def choose(config: RunConfig, facts: DataFacts) -> tuple[RunConfig, list[Choice]
     size = _SIZES[facts.head]
     for rules in (size, _heads, _training_choices, _averaging_choices):
         # Each set of rules sees what the ones before it chose.
-        config, chosen = _apply(config, rules(config, facts))
+        config, chosen = apply_choices(config, rules(config, facts))
         choices += chosen
     return config, choices
 
@@ -100,7 +100,7 @@ def choose_for_task(
     length = 256 if architecture == "decoder" else 512
     optimizer = "adamw" if architecture == "encoder" else "muon"
     reason = f"usual for {task}"
-    return _apply(
+    return apply_choices(
         config,
         (
             Choice("optim.optimizer", optimizer, reason),
@@ -134,15 +134,17 @@ def choose_processes(config: RunConfig) -> tuple[RunConfig, list[Choice]]:
     wanted = [Choice("parallel.processes", layout.size, reason)]
     if config.parallel.layout != "auto" or layout.size == 1:
         wanted.append(Choice("parallel.layout", str(layout), reason))
-    return _apply(config, wanted)
+    return apply_choices(config, wanted)
 
 
-def _apply(config: RunConfig, wanted: Iterable[Choice]) -> tuple[RunConfig, list[Choice]]:
-    """Sets what was left to us, and only that."""
+def apply_choices(config: RunConfig, wanted: Iterable[Choice]) -> tuple[RunConfig, list[Choice]]:
+    """Sets what was left to us, and only that: what is ``auto``, or what nobody has set."""
     chosen = []
     for choice in wanted:
         section, _, name = choice.key.partition(".")
-        if getattr(getattr(config, section), name) in ("auto", ("auto",)):
+        values = getattr(config, section)
+        is_given = section in config.model_fields_set and name in values.model_fields_set
+        if not is_given or getattr(values, name) in ("auto", ("auto",)):
             chosen.append(choice)
     return replace_values(config, {choice.key: choice.value for choice in chosen}), chosen
 

@@ -31,6 +31,8 @@ from hasten.data.columns import text_of, texts_of
 from hasten.data.corpus import Corpus, Reading
 from hasten.data.examples import Examples
 from hasten.data.rows import Cell, Row, RowFile
+from hasten.data.template import Framing
+from hasten.model.config import Architecture, Head
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
 
@@ -51,7 +53,8 @@ class WantedColumns:
 class TaskSettings:
     """What a person may set of a task; each is named after its configuration key.
 
-    A task lists in ``Task.uses`` those that it honours; setting another is refused.
+    A task lists in ``Task.uses`` those that it honours; setting another is refused. ``framing`` is
+    no setting: what a pretrained model wants around texts; None for a model of our own.
     """
 
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
@@ -63,6 +66,7 @@ class TaskSettings:
     max_length: int = 512
     stride: int = 128
     shared_vocabulary: bool = True
+    framing: Framing | None = None
 
 
 class Certainty(IntEnum):
@@ -200,7 +204,9 @@ class Task(ABC):
 
     Attributes:
         name: as on the Hugging Face Hub.
-        architecture: of the model that learns it.
+        architecture: of the model that learns it from scratch.
+        other_architectures: of pretrained models that learn it too.
+        head: of the model.
         higher_is_better: for each metric that a model can be judged by.
         default_metric: the one that it is judged by where none is named.
         decoded_metrics: those of them that ``decode`` measures.
@@ -215,7 +221,9 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    architecture: ClassVar[Literal["encoder", "decoder", "encoder_decoder"]]
+    architecture: ClassVar[Architecture]
+    other_architectures: ClassVar[frozenset[Architecture]] = frozenset()
+    head: ClassVar[Head]
     higher_is_better: ClassVar[dict[str, bool]]
     default_metric: ClassVar[str]
     decoded_metrics: ClassVar[frozenset[str]] = frozenset()

@@ -40,14 +40,16 @@ def token_loss_sum(
     learned = targets_N != IGNORED
     if not bool(learned.all()):
         hidden_ND, targets_N = hidden_ND[learned], targets_N[learned]
-    weight_VD = outputs.weight_VD
+    weight_VD, bias_V = outputs.weight_VD, outputs.bias_V
     if torch.is_autocast_enabled(hidden_ND.device.type):
         narrow = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, weight_VD = hidden_ND.to(narrow), weight_VD.to(narrow)
+        bias_V = None if bias_V is None else bias_V.to(narrow)
     return linear_cross_entropy_sum(
         hidden_ND,
         weight_VD,
         targets_N,
+        bias_V=bias_V,
         label_smoothing=label_smoothing,
         softcap=outputs.softcap,
     )

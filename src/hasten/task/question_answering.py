@@ -31,6 +31,7 @@ from hasten.data.examples import Examples
 from hasten.data.order import cut_micro_batches
 from hasten.data.rows import Row, RowFile
 from hasten.data.spans import answers_from_json, answers_to_json
+from hasten.data.template import template_from_json
 from hasten.data.windows import Passage, WindowForm, Windows, encode_passages, open_passages
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
@@ -120,6 +121,7 @@ class QuestionAnswering(Task):
 
     name = "question-answering"
     architecture = "encoder"
+    head = "span"
     higher_is_better = {"loss": False, "exact_match": True, "f1": True}  # noqa: RUF012
     default_metric = "f1"
     uses = frozenset({"label_smoothing", "max_length", "stride"})
@@ -205,12 +207,14 @@ class QuestionAnswering(Task):
                 f"tokenizer.max_length must be at least {_MIN_LENGTH} for {cls.name}, not "
                 f"{settings.max_length}."
             )
-        task = cls(
-            reading,
-            tokenizers,
-            form=WindowForm(settings.max_length, settings.stride),
-            label_smoothing=settings.label_smoothing,
-        )
+        template = None if settings.framing is None else settings.framing.read
+        if template is not None and not template.first:
+            raise UsageError(
+                f"{cls.name} needs a token that sequences begin with, which stands for no answer; "
+                "this tokenizer puts none."
+            )
+        form = WindowForm(settings.max_length, settings.stride, template is None, template)
+        task = cls(reading, tokenizers, form=form, label_smoothing=settings.label_smoothing)
         spans = open_passages(corpus, tokenizers[0], task.form).answers[rows]
         some = (context for context, _, _ in corpus.texts(rows[:_LANGUAGE_ROWS]))
         task.rules = AnswerRules(
@@ -253,7 +257,7 @@ class QuestionAnswering(Task):
             "vocab_size": self.tokenizers[0].get_vocab_size(),
             "max_positions": self.form.max_length,
             "num_token_types": self.form.num_token_types,
-            "head": "span",
+            "head": self.head,
         }
 
     @property
@@ -386,7 +390,9 @@ class QuestionAnswering(Task):
         cls, values: Mapping[str, Any], reading: Reading, tokenizers: tuple[Tokenizer, ...]
     ) -> QuestionAnswering:
         """Builds the task of a saved run."""
-        form, rules = WindowForm(**values["windows"]), AnswerRules(**values["answers"])
+        cut = values["windows"]
+        form = WindowForm(**{**cut, "template": template_from_json(cut.get("template"))})
+        rules = AnswerRules(**values["answers"])
         return cls(reading, tokenizers, form=form, rules=rules)
 
     def _best_spans(

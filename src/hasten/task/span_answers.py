@@ -31,13 +31,13 @@ def span_loss_sum(scores_N2: Tensor, batch: PackedBatch, label_smoothing: float 
 
     Args:
         scores_N2: of the model.
-        batch: with targets (S, 2), places of the answer's first and last token.
+        batch: what ``Windows.pack`` made, whose targets are (S, 4).
         label_smoothing: share of each target that is spread evenly over all tokens that may be
             chosen (Szegedy et al. 2016).
     """
     assert batch.targets is not None
     allowed_N2 = _allowed_scores(scores_N2, batch)
-    rows_S2 = batch.layout.offsets[:-1, None].long() + batch.targets
+    rows_S2 = batch.layout.offsets[:-1, None].long() + batch.targets[:, :2]
     flat_S2 = 2 * rows_S2 + torch.arange(2, device=rows_S2.device)
     right_S2 = allowed_N2.reshape(-1).index_select(0, flat_S2.reshape(-1)).reshape_as(rows_S2)
     if label_smoothing:
@@ -102,7 +102,8 @@ class BestSpans:
             no_answer = min(self.no_answer_scores[question], starts[0] + ends[0])
             self.no_answer_scores[question] = no_answer
             first = int(windows.context_starts[window])
-            best = best_spans(starts, ends, first, length - 1, max_tokens, 1)
+            last = int(windows.context_ends[window]) - 1
+            best = best_spans(starts, ends, first, last, max_tokens, 1)
             if best and best[0][2] > self.scores[question]:
                 start, end, self.scores[question] = best[0]
                 self.places[question] = windows.characters(window, start, end)
@@ -115,11 +116,13 @@ class BestSpans:
 
 
 def _allowed_scores(scores_N2: Tensor, batch: PackedBatch) -> Tensor:
-    """Returns the scores, those of the question's tokens minus infinity."""
-    assert batch.token_types is not None
-    is_question = (batch.token_types == 0) & (batch.positions > 0)
+    """Returns the scores, minus infinity but for the first token and those of the context."""
+    assert batch.targets is not None
+    first_N, end_N = batch.targets[:, 2:].index_select(0, batch.layout.sequence_ids).unbind(1)
+    at_N = batch.positions
+    is_allowed_N = (at_N == 0) | ((at_N >= first_N) & (at_N < end_N))
     wide = scores_N2 if scores_N2.dtype == torch.float64 else scores_N2.float()
-    return wide.masked_fill(is_question[:, None], -torch.inf)
+    return wide.masked_fill(~is_allowed_N[:, None], -torch.inf)
 
 
 def _log_sums(scores_N2: Tensor, batch: PackedBatch) -> Tensor:

@@ -29,6 +29,7 @@ from hasten.data.order import cut_micro_batches
 from hasten.data.packing import pack_examples, pack_texts
 from hasten.data.redraw import Redraw, redrawn_tokens
 from hasten.data.rows import Row, RowFile
+from hasten.data.template import Template
 from hasten.data.tokens import EncodingFormat, TokenStore, encode_texts, open_tokens
 from hasten.model.transformer import Transformer
 from hasten.task import baselines
@@ -130,6 +131,8 @@ class TextClassification(Task):
 
     name = "text-classification"
     architecture = "encoder"
+    other_architectures = frozenset({"decoder"})  # by their last token
+    head = "classification"
     higher_is_better = {"loss": False, "accuracy": True, "macro_f1": True}  # noqa: RUF012
     default_metric = "accuracy"
     uses = frozenset(
@@ -225,6 +228,10 @@ class TextClassification(Task):
         counts = {n: c for n, c in zip(corpus.label_names, numbers, strict=True) if c}
         labels = sort_labels(tuple(counts))
         balanced = balanced_class_weights(tuple(counts[label] for label in labels))
+        is_separate = corpus.num_texts > 1 and settings.segments != "join"
+        template = None if settings.framing is None else settings.framing.read
+        if template is not None and not is_separate:
+            template = Template(template.first, (), template.last)
         return cls(
             labels,
             LossSettings(settings.loss, settings.focal_gamma, settings.label_smoothing),
@@ -234,7 +241,8 @@ class TextClassification(Task):
             form=EncodingFormat(
                 max_length=settings.max_length,
                 class_token=settings.pooling == "first",
-                separate_segments=corpus.num_texts > 1 and settings.segments != "join",
+                separate_segments=is_separate,
+                template=template,
             ),
         )
 
@@ -287,9 +295,9 @@ class TextClassification(Task):
         return {
             "vocab_size": self.tokenizers[0].get_vocab_size(),
             "max_positions": self.form.max_length,
-            "num_token_types": len(self.reading.columns) if self.form.separate_segments else 0,
+            "num_token_types": len(self.reading.columns) if self.form.has_types else 0,
             "num_labels": len(self.labels),
-            "head": "classification",
+            "head": self.head,
         }
 
     @property
@@ -379,9 +387,9 @@ class TextClassification(Task):
         lengths = np.array([len(text.token_ids) for text in texts])
         found: list[dict[str, Any]] = [{} for _ in texts]
         for piece in cut_micro_batches(np.arange(len(texts)), lengths, machine.batch_tokens):
-            batch = pack_texts(
-                [texts[i] for i in piece], with_types=self.form.separate_segments
-            ).to(machine.device)
+            batch = pack_texts([texts[i] for i in piece], with_types=self.form.has_types).to(
+                machine.device
+            )
             outputs = model(batch)
             assert isinstance(outputs, Tensor)
             for i, prediction in zip(piece.tolist(), self.predictions(outputs), strict=True):
@@ -402,7 +410,7 @@ class TextClassification(Task):
     ) -> TextClassification:
         """Builds the task of a saved run."""
         labels = tuple(values["id2label"][str(i)] for i in range(len(values["id2label"])))
-        form = EncodingFormat(**values["encoding"] | {"cells": tuple(values["encoding"]["cells"])})
+        form = EncodingFormat.from_json(values["encoding"])
         return cls(labels, reading=reading, tokenizers=tokenizers, form=form)
 
     def predictions(self, outputs: Tensor) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,10 @@ from hasten.data.messages import LEARNED_ROLE, asked_messages, learned_turns, re
 from hasten.data.packing import pack_shifted
 from hasten.data.redraw import Redraw, redrawn_tokens
 from hasten.data.rows import Cell, Row, RowFile
+from hasten.data.template import Template, template_from_json
 from hasten.data.text_windows import Windows, cut_windows
 from hasten.data.tokenizer import special_token_ids
-from hasten.data.tokens import EncodingFormat, TokenStore, begin_id, end_id, open_tokens
+from hasten.data.tokens import EncodingFormat, SpecialIds, TokenStore, open_tokens
 from hasten.model.search import Decoded, DecodingSettings
 from hasten.model.transformer import Transformer
 from hasten.task.contract import (
@@ -151,10 +153,13 @@ class TextGeneration(Task):
         tokenizers: the one tokenizer.
         max_length: longest window in tokens, which is what the model sees at a time.
         label_smoothing: share of each token's target that is spread over the vocabulary.
+        template: what a pretrained model wants around a text that it writes, and between that and
+            its prompt; None for a model of our own.
     """
 
     name = "text-generation"
     architecture = "decoder"
+    head = "language_modelling"
     higher_is_better = {"loss": False, "perplexity": False, "bits_per_byte": False}  # noqa: RUF012
     default_metric = "loss"
     uses = frozenset({"label_smoothing", "max_length"})
@@ -169,10 +174,17 @@ class TextGeneration(Task):
         *,
         max_length: int = 256,
         label_smoothing: float = 0.0,
+        template: Template | None = None,
     ) -> None:
         self.reading, self.tokenizers = reading, tokenizers
         self.max_length, self.label_smoothing = max_length, label_smoothing
+        self.template = template
         form = reading.form
+        framed = None
+        if template is not None and form != "text":
+            framed = replace(template, numbers_segments=form in _CUT_FORMS)
+            if form == "messages":  # each ends like the last
+                framed = replace(framed, between=template.last)
         self.form = EncodingFormat(
             # Pairs and chats are cut; one more than the model's positions, since the last token
             # is only ever a target. Texts are not cut but become windows.
@@ -181,7 +193,9 @@ class TextGeneration(Task):
             separate_segments=form in _CUT_FORMS,
             end_token=form != "text",
             messages=form == "messages",
+            template=framed,
         )
+        self._special = SpecialIds.of(tokenizers[0], self.form)
 
     # From a file to examples
 
@@ -257,6 +271,7 @@ class TextGeneration(Task):
             tokenizers,
             max_length=settings.max_length,
             label_smoothing=settings.label_smoothing,
+            template=None if settings.framing is None else settings.framing.written,
         )
 
     def examples(
@@ -309,7 +324,7 @@ class TextGeneration(Task):
         return {
             "vocab_size": self.tokenizers[0].get_vocab_size(),
             "max_positions": self.max_length,
-            "head": "language_modelling",
+            "head": self.head,
         }
 
     def loss_sum(self, outputs: Any, batch: PackedBatch) -> Tensor:
@@ -391,15 +406,17 @@ class TextGeneration(Task):
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the window's length."""
-        return {"max_length": self.max_length}
+        """Returns the window's length, and what stands around texts where a model says so."""
+        template = None if self.template is None else asdict(self.template)
+        return {"max_length": self.max_length, "template": template}
 
     @classmethod
     def from_json(
         cls, values: Mapping[str, Any], reading: Reading, tokenizers: tuple[Tokenizer, ...]
     ) -> TextGeneration:
         """Builds the task of a saved run."""
-        return cls(reading, tokenizers, max_length=values["max_length"])
+        template = template_from_json(values["template"])
+        return cls(reading, tokenizers, max_length=values["max_length"], template=template)
 
     def read_inputs(self, cells: Sequence[Cell]) -> tuple[str, ...]:
         """Returns a row to predict, of which a file gives the cells; chats as JSON.
@@ -420,20 +437,20 @@ class TextGeneration(Task):
         Raises:
             CellError: they are more than the model has positions, or no chat.
         """
-        tokenizer, form = self.tokenizers[0], self.reading.form
+        form, special = self.reading.form, self._special
         if form == "messages":
-            end, turns = end_id(tokenizer), (*asked_messages(row[0]), LEARNED_ROLE)
-            ids = [begin_id(tokenizer)]
-            ids += [token for text in turns for token in (*self._encode(text), end)]
+            turns = (*asked_messages(row[0]), LEARNED_ROLE)
+            ids = [*special.first]
+            ids += [token for text in turns for token in (*self._encode(text), *special.between)]
         else:
             ids = self._encode(FORMS[form].join(*row))
         if form == "text":
             # Nothing to continue: a line end begins as good a text as any.
-            ids = ids or self._encode("\n") or [end_id(tokenizer)]
+            ids = ids or self._encode("\n") or [special.unknown]
         elif form == "documents":
-            ids = [begin_id(tokenizer), *ids]
+            ids = [*special.first, *ids]
         elif form in _PROMPTED_FORMS:
-            ids = [begin_id(tokenizer), *ids, end_id(tokenizer)]
+            ids = [*special.first, *ids, *special.between]
         if len(ids) <= self.max_length:
             return ids
         if form in _CUT_FORMS:
@@ -453,7 +470,7 @@ class TextGeneration(Task):
         stream: _Stream | None = None,
     ) -> list[list[Decoded]]:
         tokenizer = self.tokenizers[0]
-        end = None if self.reading.form == "text" else end_id(tokenizer)
+        end = self._special.last[0] if self._special.last else None
         stop = None
         if settings is not None:
             stop = settings.stop_rule(lambda _, ids: self._text(ids))

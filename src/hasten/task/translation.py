@@ -30,13 +30,13 @@ from hasten.data.examples import Examples
 from hasten.data.packing import pack_examples, pack_shifted
 from hasten.data.redraw import Redraw, redrawn_tokens
 from hasten.data.rows import Cell, Row, RowFile
+from hasten.data.template import Framing, framing_from_json
 from hasten.data.tokenizer import special_token_ids
 from hasten.data.tokens import (
     EncodingFormat,
+    SpecialIds,
     TokenStore,
-    begin_id,
     encode_texts,
-    end_id,
     open_tokens,
 )
 from hasten.model.search import DecodingSettings
@@ -128,10 +128,12 @@ class Translation(Task):
         max_length: longest source, and longest target, in tokens.
         label_smoothing: share of each token's target that is spread over the vocabulary.
         longest_target: tokens of the longest target of the training.
+        framing: what a pretrained model wants around texts; None for a model of our own.
     """
 
     name = "translation"
     architecture = "encoder_decoder"
+    head = "language_modelling"
     higher_is_better = {  # noqa: RUF012
         "loss": False,
         "perplexity": False,
@@ -154,14 +156,23 @@ class Translation(Task):
         max_length: int = 512,
         label_smoothing: float = 0.0,
         longest_target: int = 512,
+        framing: Framing | None = None,
     ) -> None:
         self.reading, self.tokenizers = reading, tokenizers
         self.max_length, self.label_smoothing = max_length, label_smoothing
         self.longest_target = longest_target
-        self.source_form = EncodingFormat(max_length=max_length, end_token=True, cells=(0,))
+        self.framing = framing
+        read, written = (None, None) if framing is None else (framing.read, framing.written)
+        self.source_form = EncodingFormat(
+            max_length=max_length, end_token=True, cells=(0,), template=read
+        )
         # One more than the model's positions: the last token is only ever a target.
         self.target_form = EncodingFormat(
-            max_length=max_length + 1, class_token=True, end_token=True, cells=(1,)
+            max_length=max_length + 1,
+            class_token=True,
+            end_token=True,
+            cells=(1,),
+            template=written,
         )
 
     @classmethod
@@ -225,6 +236,7 @@ class Translation(Task):
             tokenizers,
             max_length=settings.max_length,
             label_smoothing=settings.label_smoothing,
+            framing=settings.framing,
         )
         targets = open_tokens(corpus, tokenizers[-1], task.target_form)
         task.longest_target = int(targets.lengths[rows].max())
@@ -258,7 +270,7 @@ class Translation(Task):
             "vocab_size": self.tokenizers[-1].get_vocab_size(),
             "source_vocab_size": None if is_shared else self.tokenizers[0].get_vocab_size(),
             "max_positions": self.max_length,
-            "head": "language_modelling",
+            "head": self.head,
         }
 
     def loss_sum(self, outputs: Any, batch: PackedBatch) -> Tensor:
@@ -322,8 +334,12 @@ class Translation(Task):
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the lengths."""
-        return {"max_length": self.max_length, "longest_target": self.longest_target}
+        """Returns the lengths, and what stands around texts where a pretrained model says so."""
+        return {
+            "max_length": self.max_length,
+            "longest_target": self.longest_target,
+            "framing": None if self.framing is None else dataclasses.asdict(self.framing),
+        }
 
     @classmethod
     def from_json(
@@ -335,6 +351,7 @@ class Translation(Task):
             tokenizers,
             max_length=values["max_length"],
             longest_target=values["longest_target"],
+            framing=framing_from_json(values["framing"]),
         )
 
     def _translate(
@@ -347,14 +364,15 @@ class Translation(Task):
     ) -> list[Any]:
         source_form = dataclasses.replace(self.source_form, cells=())
         tokenizer = self.tokenizers[-1]
-        end = end_id(tokenizer)
+        special = SpecialIds.of(tokenizer, self.target_form)
+        end = special.last[0]
         longest = min(self.max_length, self.longest_target + _SPARE_TOKENS)
         stop = settings.stop_rule(lambda _, ids: self._text(ids)) if settings else None
         return decode_sequences(
             model,
             machine,
             decoding,
-            [[begin_id(tokenizer)]] * len(sources),
+            [special.first] * len(sources),
             sources=encode_texts(self.tokenizers[0], [(text,) for text in sources], source_form),
             limits=[min(longest, decoding.max_new_tokens)] * len(sources),
             rules=OutputRules(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,11 @@ from hasten.config.schema import RunConfig, settled
 from hasten.core.errors import UsageError, nearest
 from hasten.core.ranks import ALONE, Ranks
 from hasten.core.seeds import derive_seed
-from hasten.data.order import steps_per_epoch
 from hasten.data.subword import supports_dropout
 from hasten.model.config import TransformerConfig
 from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
+from hasten.optim.layer_decay import layer_rates
 from hasten.optim.optimizers import build_optimizer, parameter_groups, split_parameters
 from hasten.optim.schedules import PlateauSettings, Schedule, build_schedule
 from hasten.parallel.apply import ParallelSettings, apply_parallel, check_layout
@@ -39,48 +38,36 @@ from hasten.plan.choices import (
     choose_for_task,
     choose_processes,
 )
+from hasten.plan.fine_tuning import (
+    choose_before_data,
+    choose_for_fine_tuning,
+    free_options,
+    settle_pretrained,
+)
 from hasten.plan.memory import Load
+from hasten.plan.portable import check_portable, choose_portable, portable_options
 from hasten.plan.probe import choose_precision
 from hasten.plan.spread import Spread, choose_spread
 from hasten.task.contract import Task
+from hasten.training.fine_tuning import check_fine_tuning, prepare_fine_tuning
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer
+from hasten.training.planned import Plan
 from hasten.training.precision import computing_in, convert_matrices
 from hasten.training.prepare import PreparedData, prepare_data, with_drawing
+from hasten.training.pretrained import (
+    Pretrained,
+    begin_with,
+    open_pretrained,
+    refuse_fine_tuning,
+)
 from hasten.training.sources import open_sources, warn_about_rows
+from hasten.training.start import read_start
 from hasten.training.step import Parts, StepSettings
 
 _MAX_EVALUATIONS = 100
 _MAX_LENGTHS = 1024
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run before its first step.
-
-    Attributes:
-        config: without any ``auto``.
-        choices: what was chosen automatically, and why.
-        data: prepared splits.
-        device: where to compute.
-    """
-
-    config: RunConfig
-    choices: list[Choice]
-    data: PreparedData
-    device: torch.device
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches of one pass over the training rows."""
-        tokens_per_step = settled(self.config.train.tokens_per_step)
-        return steps_per_epoch(self.data.splits["train"].lengths, tokens_per_step)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return max(1, round(settled(self.config.train.epochs) * self.steps_per_epoch))
 
 
 def plan_run(config: RunConfig, observer: Observer, resources: Resources | None = None) -> Plan:
@@ -101,14 +88,25 @@ def plan_run(config: RunConfig, observer: Observer, resources: Resources | None 
     choices: list[Choice] = []
     if config.task == "auto":
         choices.append(Choice("task", task.name, sources.task_reason))
+    pretrained, of_model, before = None, list[Choice](), list[Choice]()
+    if config.model.pretrained is None:
+        refuse_fine_tuning(config)
+        config, of_model = choose_portable(config, task.architecture)
+    else:
+        pretrained = open_pretrained(config, task, observer)
+        config, of_model = settle_pretrained(config, pretrained.architecture, pretrained.name)
+        config, before = choose_before_data(config, pretrained.architecture)
     config, of_task = choose_for_task(config, task.name, task.architecture, task.default_metric)
     _check_evaluation(config, task)
     config, of_processes = choose_processes(config)
     warn_about_rows(sources, observer)
-    data = prepare_data(config, sources, observer)
-    choices += data.choices
+    tokenizers, framing = None, None
+    if pretrained is not None:
+        tokenizers, framing = pretrained.tokenizers, pretrained.framing
+    data = prepare_data(config, sources, observer, tokenizers, framing)
+    choices += [*of_model, *data.choices]
     config = replace_values(config, {choice.key: choice.value for choice in choices})
-    config, of_data = choose(config, _facts(data))
+    config, of_data = _choose_from_data(config, data, pretrained)
     precision, precision_reason, slow = choose_precision(
         config.train.precision, device, settled(config.model.hidden_size)
     )
@@ -117,33 +115,55 @@ def plan_run(config: RunConfig, observer: Observer, resources: Resources | None 
     if config.train.precision == "auto":
         of_data.append(Choice("train.precision", precision, precision_reason))
     config = replace_values(config, {"train.device": device.type, "train.precision": precision})
-    plan = Plan(config, choices, data, device)
+    architecture = _architecture(config, data.task, pretrained)
+    plan = Plan(config, choices, data, device, architecture, pretrained)
     if config.parallel.layout == "auto":
         found = choose_layout_of(plan, resources)
         if found.warning:
             observer.warn(found.warning)
         of_data.append(Choice("parallel.layout", str(found.layout), found.reason))
         config = replace_values(config, {"parallel.layout": str(found.layout)})
-    chosen = [Choice("train.device", device.type, device_reason), *of_processes, *of_task, *of_data]
+    first = Choice("train.device", device.type, device_reason)
+    chosen = [first, *of_processes, *before, *of_task, *of_data]
     for reason, some in itertools.groupby(chosen, lambda choice: choice.reason):
         settings = ", ".join(f"{choice.key} {_shown(choice.value)}" for choice in some)
         observer.note(f"{settings} ({reason})")
     choices += chosen
+    _check_layout(config, plan, observer)
+    return dataclasses.replace(plan, config=config, data=with_drawing(data, config))
+
+
+def _choose_from_data(
+    config: RunConfig, data: PreparedData, pretrained: Pretrained | None
+) -> tuple[RunConfig, list[Choice]]:
+    """Makes the choices that depend on the data; those of fine-tuning come first."""
+    facts, first = _facts(data), list[Choice]()
+    if pretrained is not None:
+        config, first = choose_for_fine_tuning(config, facts, pretrained.architecture)
+    config, rest = choose(config, facts)
+    return config, [*first, *rest]
+
+
+def _check_layout(config: RunConfig, plan: Plan, observer: Observer) -> None:
+    """Refuses a layout that does not go with the model; tells what its processes send."""
     layout = choose_layout(config.parallel.layout, None)
-    model_config = _model_config(config, data.task)
-    check_layout(model_config, layout, config.parallel.schedule, compiles=config.train.compile)
+    check_layout(plan.architecture, layout, config.parallel.schedule, compiles=config.train.compile)
+    check_fine_tuning(
+        config.finetune,
+        layout,
+        settled(config.train.precision),
+        adds_tokens=bool(config.tokenizer.add_tokens),
+    )
     if layout.size > 1:
-        shape = _load(plan).step_shape(model_config, layout)
-        observer.note(describe_traffic(step_traffic(model_config, layout, shape)))
-    return Plan(config, choices, with_drawing(data, config), device)
+        shape = _load(plan).step_shape(plan.architecture, layout)
+        observer.note(describe_traffic(step_traffic(plan.architecture, layout, shape)))
 
 
 def choose_layout_of(plan: Plan, resources: Resources | None = None) -> Spread:
     """Returns the layout for the processes of a run, whose other choices are made."""
     size = settled(plan.config.parallel.processes)
     resources = resources or assumed_resources(size, plan.device)
-    config = _model_config(plan.config, plan.data.task)
-    return choose_spread(config, size, _load(plan), resources)
+    return choose_spread(plan.architecture, size, _load(plan), resources)
 
 
 def _load(plan: Plan) -> Load:
@@ -224,17 +244,19 @@ def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALON
     if config.train.deterministic and plan.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.manual_seed(derive_seed("weights", config.train.seed))
-    model = build_model(config, data.task).to(plan.device)
+    model = build_model(plan, folder, observer).to(plan.device)
     for stack in model.stacks:
         stack.recompute = config.train.recompute
     convert_matrices(model, settled(config.train.precision))
     parallel = apply_parallel(model, ranks, _parallel_settings(plan))
     named = list(model.named_parameters())
     decayed, _ = split_parameters(named)
+    decay, rates = config.finetune.layer_decay, None
+    if decay != 1:
+        rates = layer_rates((name for name, _ in named), plan.architecture, decay)
     optimizer = build_optimizer(
         settled(config.optim.optimizer),
-        parameter_groups(named, weight_decay=settled(config.optim.weight_decay)),
+        parameter_groups(named, weight_decay=settled(config.optim.weight_decay), rates=rates),
         learning_rate=settled(config.train.learning_rate),
         betas=settled(config.optim.betas),
         momentum=config.optim.momentum,
@@ -284,16 +306,47 @@ def _parallel_settings(plan: Plan) -> ParallelSettings:
     )
 
 
-def build_model(config: RunConfig, task: Task) -> Transformer:
-    """Builds the model with freshly drawn weights."""
-    return Transformer.from_config(_model_config(config, task))
+def build_model(plan: Plan, folder: Path, observer: Observer) -> Transformer:
+    """Builds the plain model with the weights that a run begins with.
+
+    Args:
+        plan: of the run.
+        folder: of the run, where weights to begin with are read once they are there.
+        observer: told of what a pretrained folder lacks.
+
+    Raises:
+        DamagedError: weights cannot be read.
+        UsageError: settings that do not fit the model.
+    """
+    config = plan.config
+    torch.manual_seed(derive_seed("weights", config.train.seed))
+    if plan.pretrained is None:
+        model = Transformer.from_config(plan.architecture)
+    else:
+        model = begin_with(plan.pretrained, plan.architecture, observer)
+    trained = prepare_fine_tuning(model, config.finetune)
+    if plan.pretrained is not None:
+        observer.note(trained)
+    read_start(folder, model)
+    return model
 
 
-def _model_config(config: RunConfig, task: Task) -> TransformerConfig:
+def _architecture(
+    config: RunConfig, task: Task, pretrained: Pretrained | None
+) -> TransformerConfig:
+    """Returns what the model is made of: as is set and as the task, or a folder, decides."""
+    if pretrained is not None:
+        decided = pretrained.with_head(task.model_options())
+        return dataclasses.replace(decided, **free_options(config, decided))
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     options = {n: v for n, v in config.model.model_dump().items() if n in fields}
     decided = {"architecture": task.architecture, **task.model_options()}
-    return TransformerConfig(**options | decided)
+    if not config.model.portable:
+        return TransformerConfig(**options | decided)
+    portable = portable_options(task.architecture, task.head)
+    architecture = TransformerConfig(**options | portable | decided)
+    check_portable(architecture)
+    return architecture
 
 
 def _build_schedule(plan: Plan) -> Schedule:

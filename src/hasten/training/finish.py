@@ -1,21 +1,28 @@
 """The end of a run: the best model is saved and tested, and a plain verdict is given.
 
-best weights -> model/ -> metrics of validation and test -> baselines -> result.json
+best weights [-> adapter/] -> model/ -> metrics of validation and test -> baselines -> result.json
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
 from hasten.config.schema import settled
+from hasten.model.adapters import AdapterSettings, merge_adapters
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
 from hasten.task.contract import Machine
-from hasten.training.build import Plan
+from hasten.training.adapter_files import save_adapter
 from hasten.training.checkpoint import copy_into, gather_tensors
 from hasten.training.evaluate import evaluate, measure
+from hasten.training.fine_tuning import adapter_settings
+from hasten.training.inherited import read_inherited
 from hasten.training.loop import Loop
+from hasten.training.planned import Plan
 from hasten.training.saved import SavedModel, save_model
 
 
@@ -41,8 +48,14 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
             lambda: measure(parts.model, data.task, validation, machine, parts.parallel)
         )
     tensors = gather_tensors(parts.model.state_dict(), ranks)
+    adapter = adapter_settings(config.finetune)
+    if adapter is not None:
+        with_adapters = tensors
+        ranks.on_main(lambda: _save_adapter(loop, plan, with_adapters, adapter))
+        tensors = merge_adapters(tensors, adapter.scale)
     saved = SavedModel(parts.model, data.task, decoding)
-    ranks.on_main(lambda: save_model(loop.folder / "model", saved, tensors))
+    inherited = read_inherited(loop.folder)
+    ranks.on_main(lambda: save_model(loop.folder / "model", saved, tensors, inherited))
     result: dict[str, Any] = {"run": str(loop.folder), "task": data.task.name}
     result["input_columns"] = list(data.task.input_columns)
     judged = data.splits["train"]
@@ -65,6 +78,18 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
         **_training_facts(loop, plan),
     }
     return result
+
+
+def _save_adapter(
+    loop: Loop, plan: Plan, tensors: Mapping[str, Tensor], settings: AdapterSettings
+) -> None:
+    """Writes the adapter beside the model that it is merged into."""
+    base = plan.config.model.pretrained
+    assert base is not None
+    if plan.config.tokenizer.add_tokens:
+        loop.observer.note("adapter/ is not written: with added tokens the base is another model")
+        return
+    save_adapter(loop.folder / "adapter", plan.architecture, tensors, settings, base)
 
 
 def _training_facts(loop: Loop, plan: Plan) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The run folder: what is written before the first step, and reading it back.
 
-    runs/NAME/  config.yaml plan.json data.json environment.json rejected.jsonl tokenizer.json
-                metrics.jsonl checkpoints/ model/ result.json
+    runs/NAME/  config.yaml architecture.json plan.json data.json environment.json rejected.jsonl
+                tokenizer.json metrics.jsonl checkpoints/ model/ result.json
+                [start.safetensors, until it is finished: what a pretrained model begins with]
 
 The folder appears in one rename, complete; a run that fails before its first step leaves nothing.
 """
@@ -20,8 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hasten.config.load import build_config, config_to_yaml, replace_values, unsettled_keys
 from hasten.config.schema import DataConfig, RunConfig
 from hasten.core.errors import (
@@ -33,11 +32,15 @@ from hasten.core.errors import (
 )
 from hasten.core.files import FileLock, committed_folder, file_hash, machine_errors, write_text
 from hasten.data.cache import cache_folder
-from hasten.plan.choices import Choice
+from hasten.model.transformer import Transformer
+from hasten.training.architecture import save_architecture
+from hasten.training.inherited import write_inherited
 from hasten.training.machine import describe_machine
+from hasten.training.planned import Plan
 from hasten.training.prepare import PreparedData
 from hasten.training.saved import save_tokenizers
 from hasten.training.sources import aligned_paths, expand
+from hasten.training.start import write_start
 
 _LOCK_NAME = ".lock"
 _SUFFIXES = r"(\.(csv|tsv|jsonl|ndjson|json|parquet|txt|text|gz))+$"
@@ -73,30 +76,37 @@ def _refuse_under_file(folder: Path) -> None:
         raise UsageError(f"{parent} is a file, not a folder: choose another --output.")
 
 
-def create_folder(
-    folder: Path,
-    config: RunConfig,
-    choices: list[Choice],
-    data: PreparedData,
-    device: torch.device,
-) -> RunConfig:
+def create_folder(folder: Path, plan: Plan, start: Transformer | None = None) -> RunConfig:
     """Writes a new run folder; returns the configuration with the final paths of its data.
+
+    Args:
+        folder: to be made.
+        plan: of the run.
+        start: the model with the weights to begin with, where they are not to be drawn anew.
 
     Raises:
         MachineError: the folder cannot be written.
         UsageError: another process has created it in the meantime.
     """
+    data = plan.data
     with _refuse_taken(folder), committed_folder(folder, replace=False) as partial:
-        config = _settle_paths(config, folder, partial)
+        config = _settle_paths(plan.config, folder, partial)
         (partial / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-        _write_json(partial / "plan.json", [asdict(choice) for choice in choices])
-        _write_json(partial / "data.json", describe_data(config, data, partial, folder))
-        _write_json(partial / "environment.json", describe_machine(device))
+        save_architecture(partial, plan.architecture)
+        _write_json(partial / "plan.json", [asdict(choice) for choice in plan.choices])
+        content = describe_data(config, data, partial, folder)
+        if plan.pretrained is not None:
+            content["pretrained"] = plan.pretrained.describe()
+            write_inherited(partial, plan.pretrained.folder, plan.pretrained.framing)
+        _write_json(partial / "data.json", content)
+        _write_json(partial / "environment.json", describe_machine(plan.device))
         with (partial / "rejected.jsonl").open("w", encoding="utf-8") as file:
             for rejected in data.sources.rejected:
                 file.write(json.dumps(asdict(rejected), ensure_ascii=False) + "\n")
         with library_errors():
             save_tokenizers(partial, data.task.tokenizers)
+            if start is not None:
+                write_start(partial, start)
         (partial / "checkpoints").mkdir()
     return config
 
@@ -249,6 +259,8 @@ def _settle_paths(config: RunConfig, folder: Path, partial: Path) -> RunConfig:
             ("source", "target"), aligned_paths(config.data, split), strict=False
         ):
             values[f"data.{prefix}{side}"] = str(Path(path).absolute())
+    if config.model.pretrained is not None and Path(config.model.pretrained).is_dir():
+        values["model.pretrained"] = str(Path(config.model.pretrained).absolute())
     return replace_values(config, values)
 
 

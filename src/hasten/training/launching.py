@@ -67,7 +67,7 @@ def launch_training(
     folder = Path(str(output)) if resumes else choose_folder(output, config.data)
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "config.yaml"
-        file.write_text(config_to_yaml(config), encoding="utf-8")
+        file.write_text(config_to_yaml(config, only_given=True), encoding="utf-8")
         for restarts_left in range(config.parallel.max_restarts, -1, -1):
             begun = resumes or (folder / "config.yaml").is_file()
             what = ["--resume", str(folder)] if begun else ["--config", str(file)]

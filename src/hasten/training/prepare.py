@@ -15,6 +15,7 @@ from hasten.config.schema import RunConfig, settled
 from hasten.core.errors import UsageError
 from hasten.data.augment import parse_augmentation
 from hasten.data.examples import Examples
+from hasten.data.template import Framing
 from hasten.data.tokenizer import choose_vocab_size, load_tokenizer, train_tokenizer
 from hasten.plan.choices import Choice
 from hasten.task.contract import Drawing, Task, TaskSettings
@@ -57,6 +58,7 @@ def prepare_data(
     sources: Sources,
     observer: Observer,
     tokenizers: tuple[Tokenizer, ...] | None = None,
+    framing: Framing | None = None,
 ) -> PreparedData:
     """Prepares all splits of a run.
 
@@ -64,9 +66,11 @@ def prepare_data(
         config: of the run.
         sources: its opened files.
         observer: told every guess and warning.
-        tokenizers: those of a run that is resumed; None to train or load them.
+        tokenizers: those of a run that is resumed, or of a pretrained model; None to train or
+            load them.
+        framing: what a pretrained model wants around texts; None for a model of our own.
     """
-    settings = _task_settings(config, sources.task)
+    settings = dataclasses.replace(_task_settings(config, sources.task), framing=framing)
     train, rows = sources.corpora["train"], sources.rows["train"]
     choices: list[Choice] = []
     if tokenizers is None:

@@ -1,19 +1,20 @@
 """The model folder: weights, configuration and tokenizer in the layout of the Hugging Face Hub.
 
-    model/  config.json  model.safetensors  tokenizer.json
+    model/  hasten.json  config.json  model.safetensors  tokenizer.json  [generation_config.json]
 
-config.json holds the architecture, the labels (``id2label``) where there are any, how text becomes
-tokens, and the SHA-256 of the other files. A model with a vocabulary of its own for targets has
-target_tokenizer.json too.
+hasten.json is ours: the architecture, how text becomes tokens, the task, and the SHA-256 of the
+other files. These are as transformers has them, tensors under its names, where one of its classes
+has the model's options (``family``). Otherwise tensors have our names, and config.json says so. A
+model with a vocabulary of its own for targets has target_tokenizer.json too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,21 +22,41 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from hasten.core.errors import DamagedError
+from hasten.core.errors import DamagedError, UsageError
 from hasten.core.files import committed_folder, file_hash, machine_errors
+from hasten.data.template import Framing
 from hasten.data.tokenizer import load_tokenizer
 from hasten.model.config import TransformerConfig
+from hasten.model.pretrained.family import Family
+from hasten.model.pretrained.reading import WEIGHTS, load_weights
+from hasten.model.pretrained.writing import family_for, save_pretrained
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
 from hasten.task.contract import Task
 from hasten.task.registry import task_named
+from hasten.training.architecture import architecture_from_json
 from hasten.training.checkpoint import copy_into
 
-FORMAT_VERSION = 2
-_WEIGHTS = "model.safetensors"
-# What transformers expects at the top of config.json.
-_SHARED_KEYS = ("id2label", "label2id")
+FORMAT_VERSION = 3
+OWN_FILE, CONFIG, GENERATION = "hasten.json", "config.json", "generation_config.json"
+# What transformers looks for in config.json.
+_LABEL_KEYS = ("id2label", "label2id")
 TOKENIZER_FILES = ("tokenizer.json", "target_tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a fine-tuned model keeps of the folder that it began with.
+
+    Attributes:
+        config: keys of config.json that say nothing of the architecture, such as token numbers.
+        generation: generation_config.json; None without one.
+        framing: what it wants around texts.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] | None = None
+    framing: Framing | None = None
 
 
 @dataclass(frozen=True)
@@ -70,46 +91,68 @@ def load_tokenizers(folder: Path) -> tuple[Tokenizer, ...]:
     )
 
 
-def save_model(folder: Path, saved: SavedModel, tensors: Mapping[str, Tensor]) -> None:
+def save_model(
+    folder: Path,
+    saved: SavedModel,
+    tensors: Mapping[str, Tensor],
+    inherited: Inherited | None = None,
+) -> None:
     """Writes the folder in one rename.
 
     Args:
         folder: to be written.
         saved: what it holds.
         tensors: the model's, whole.
+        inherited: of the pretrained model; None where there was none.
 
     Raises:
         MachineError: it cannot be written.
     """
-    task, reading = saved.task, saved.task.reading
-    content = {
-        "model_type": "hasten",
-        "architectures": ["Transformer"],
+    task, config = saved.task, saved.model.config
+    inherited = inherited or Inherited()
+    values = task.to_json()
+    labels = {key: values[key] for key in _LABEL_KEYS if key in values}
+    family = writable_as(config)
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "family": None if family is None else family.name,
+        "architecture": asdict(config),
         "task": task.name,
-        **asdict(saved.model.config),
-        **{key: value for key, value in task.to_json().items() if key in _SHARED_KEYS},
-        "hasten": {
-            "format_version": FORMAT_VERSION,
-            "reading": {
-                "form": reading.form,
-                "columns": list(reading.columns),
-                "label": reading.label,
-            },
-            "task": {k: v for k, v in task.to_json().items() if k not in _SHARED_KEYS},
-            "decoding": {
-                "num_beams": saved.decoding.num_beams,
-                "length_penalty": saved.decoding.length_penalty,
-            },
+        "reading": {
+            "form": task.reading.form,
+            "columns": list(task.reading.columns),
+            "label": task.reading.label,
+        },
+        "task_options": values,
+        "decoding": {
+            "num_beams": saved.decoding.num_beams,
+            "length_penalty": saved.decoding.length_penalty,
         },
     }
     with machine_errors("writing the model"), committed_folder(folder) as partial:
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(own, partial / _WEIGHTS, metadata={"format": "pt"})
-        names = [_WEIGHTS, *save_tokenizers(partial, task.tokenizers)]
-        content["hasten"]["sha256"] = {name: file_hash(partial / name) for name in names}
-        (partial / "config.json").write_text(
-            json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        if family is None:
+            own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(own, partial / WEIGHTS, metadata={"format": "pt"})
+            kind = {"model_type": "hasten", "architectures": ["Transformer"]}
+            _write_json(partial / CONFIG, {**kind, **asdict(config), **labels})
+        else:
+            # What a family says of token numbers may decide where its positions begin.
+            said = {k for k, v in family.config(config).items() if v is not None}
+            kept = {k: v for k, v in inherited.config.items() if k not in said}
+            save_pretrained(partial, config, tensors, {**kept, **labels})
+        names = [CONFIG, WEIGHTS, *save_tokenizers(partial, task.tokenizers)]
+        if inherited.generation is not None:
+            _write_json(partial / GENERATION, inherited.generation)
+        content["sha256"] = {name: file_hash(partial / name) for name in names}
+        _write_json(partial / OWN_FILE, content)
+
+
+def writable_as(config: TransformerConfig) -> Family | None:
+    """Returns the family that transformers can read a model as; None where there is none."""
+    try:
+        return family_for(config)
+    except UsageError:
+        return None
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> SavedModel:
@@ -119,39 +162,54 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> SavedModel:
         DamagedError: a file is missing, altered, or does not fit the others.
     """
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        own = content["hasten"]
-        if own["format_version"] != FORMAT_VERSION:
+        content = json.loads((folder / OWN_FILE).read_text(encoding="utf-8"))
+        if content["format_version"] != FORMAT_VERSION:
             raise DamagedError(
-                f"{folder}: format version {own['format_version']}; this hasten reads "
+                f"{folder}: format version {content['format_version']}; this hasten reads "
                 f"{FORMAT_VERSION}."
             )
-        for name, expected in own["sha256"].items():
+        for name, expected in content["sha256"].items():
             if file_hash(folder / name) != expected:
                 raise DamagedError(f"{folder / name}: not what was written (its SHA-256 differs).")
-        names = {field.name for field in dataclasses.fields(TransformerConfig)}
-        config = TransformerConfig(**{n: v for n, v in content.items() if n in names})
-        tensors = load_file(folder / _WEIGHTS)
-        kind = task_named(content["task"])
-        reading = kind.reading_of(
-            own["reading"]["form"], tuple(own["reading"]["columns"]), own["reading"]["label"]
-        )
-        shared = {key: content[key] for key in _SHARED_KEYS if key in content}
-        task = kind.from_json({**shared, **own["task"]}, reading, load_tokenizers(folder))
-        decoding = DecodingSettings(**own["decoding"])
-        decided = task.model_options()
+        config = architecture_from_json(content["architecture"])
+        kind, reading = task_named(content["task"]), content["reading"]
+        reading = kind.reading_of(reading["form"], tuple(reading["columns"]), reading["label"])
+        task = kind.from_json(content["task_options"], reading, load_tokenizers(folder))
+        decoding = DecodingSettings(**content["decoding"])
+        _check_sizes(folder, config, task)
+        model = _read_weights(folder, config, content["family"])
     except DamagedError:
         raise
     except FileNotFoundError as error:
         raise DamagedError(f"{error.filename or folder}: missing from the model folder.") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedError(f"{folder}: not a whole model folder: {error}.") from None
-    for name in ("num_labels", "vocab_size"):
-        if name in decided and decided[name] != getattr(config, name):
-            raise DamagedError(
-                f"{folder / 'config.json'}: {name} is {getattr(config, name)}, but the labels or "
-                f"the tokenizer beside it make it {decided[name]}."
-            )
-    model = Transformer.from_config(config)
-    copy_into(model, tensors, str(folder / _WEIGHTS))
     return SavedModel(model.to(device).eval(), task, decoding)
+
+
+def _read_weights(folder: Path, config: TransformerConfig, family: str | None) -> Transformer:
+    if family is None:
+        model = Transformer.from_config(config)
+        copy_into(model, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+        return model
+    loaded = load_weights(folder, config)
+    if loaded.missing:
+        raise DamagedError(f"{folder / WEIGHTS}: has no tensor for {loaded.missing[0]}.")
+    return loaded.model
+
+
+def _check_sizes(folder: Path, config: TransformerConfig, task: Task) -> None:
+    decided = task.model_options()
+    for name in ("num_labels", "vocab_size"):
+        found, wanted = getattr(config, name), decided.get(name)
+        # A pretrained embedding may have more rows than there are tokens.
+        if wanted is not None and (found < wanted or (name == "num_labels" and found > wanted)):
+            raise DamagedError(
+                f"{folder / OWN_FILE}: {name} is {found}, but the labels or the tokenizer beside "
+                f"it make it {wanted}."
+            )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -29,8 +29,8 @@ from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.place import find_place
 from hasten.parallel.resources import Resources, measure_resources
 from hasten.parallel.world import World, joined
+from hasten.training.architecture import read_architecture
 from hasten.training.build import (
-    Plan,
     available_cores,
     build_loop,
     choose_layout_of,
@@ -46,12 +46,15 @@ from hasten.training.folder import (
     read_folder,
     write_result,
 )
+from hasten.training.inherited import read_inherited
 from hasten.training.loop import Interrupted, Loop
 from hasten.training.machine import choose_allocation, choose_device
 from hasten.training.observe import MetricsLog, NoLog, Observer, Silent
+from hasten.training.planned import Plan
 from hasten.training.prepare import prepare_data, with_drawing
 from hasten.training.saved import load_tokenizers
 from hasten.training.sources import open_sources
+from hasten.training.start import remove_start
 
 
 def start_run(config: RunConfig, output: str | Path | None, observer: Observer) -> dict[str, Any]:
@@ -71,9 +74,10 @@ def start_run(config: RunConfig, output: str | Path | None, observer: Observer) 
             folder = choose_folder(output, config.data)
             plan = plan_run(_with_layout(config, ranks), observer, resources)
             loop = build_loop(plan, folder, observer)  # settings that do not fit leave no folder
-            final = create_folder(folder, plan.config, plan.choices, plan.data, plan.device)
+            start = loop.parts.model if plan.pretrained is not None else None
+            final = create_folder(folder, plan, start)
             observer.note(f"run folder: {folder}")
-            begun.append((dataclasses.replace(plan, config=final), loop))
+            begun.append((dataclasses.replace(plan, config=final, pretrained=None), loop))
             return folder
 
         folder = ranks.on_main(begin)
@@ -218,6 +222,7 @@ def _train(loop: Loop, plan: Plan) -> dict[str, Any]:
                 loop.run(log)
             result = finish_run(loop, plan)
             ranks.on_main(lambda: write_result(folder, result))
+            ranks.on_main(lambda: remove_start(folder))
         return result
     except BaseException as stop:
         # A signal outside the loop, which has its own way of stopping: before its first step, or
@@ -235,8 +240,11 @@ def _saved_plan(folder: Path, config: RunConfig | None = None) -> Plan:
     config = config or read_folder(folder)[0]
     device, _ = choose_device(config.train.device)
     sources = open_sources(config, Silent())
-    prepared = prepare_data(config, sources, Silent(), load_tokenizers(folder))
-    return Plan(config, [], with_drawing(prepared, config), device)
+    inherited = read_inherited(folder)
+    framing = None if inherited is None else inherited.framing
+    prepared = prepare_data(config, sources, Silent(), load_tokenizers(folder), framing)
+    architecture = read_architecture(folder)
+    return Plan(config, [], with_drawing(prepared, config), device, architecture)
 
 
 def _agree_on_files(folder: Path, ranks: Ranks) -> None:

@@ -1,0 +1,73 @@
+"""What of a model a run trains: all of it, some of it, or adapters beside it.
+
+Transformer, FinetuneConfig --prepare_fine_tuning--> the same with frozen weights or adapters
+"""
+
+from __future__ import annotations
+
+from hasten.config.schema import FinetuneConfig
+from hasten.core.errors import UsageError
+from hasten.model.adapters import AdapterSettings, add_adapters
+from hasten.model.freezing import count_trained, freeze
+from hasten.model.transformer import Transformer
+from hasten.parallel.layout import Layout
+
+
+def adapter_settings(config: FinetuneConfig) -> AdapterSettings | None:
+    """Returns what the adapters of a run are like; None where it has none."""
+    if config.adapter == "none":
+        return None
+    return AdapterSettings(
+        config.adapter, config.rank, config.alpha, config.adapter_dropout, config.targets
+    )
+
+
+def check_fine_tuning(
+    config: FinetuneConfig, layout: Layout, precision: str, *, adds_tokens: bool
+) -> None:
+    """Refuses what does not go together.
+
+    Args:
+        config: what is to be trained.
+        layout: of the processes.
+        precision: of matrix products.
+        adds_tokens: whether the embedding has new rows.
+
+    Raises:
+        UsageError: saying what to leave out.
+    """
+    is_whole = config.adapter == "none" and not config.freeze
+    if layout.pipeline > 1 and not (is_whole and config.layer_decay == 1):
+        raise UsageError("the section finetune does not go with pipeline above 1.")
+    if layout.tensor > 1 and not is_whole:
+        raise UsageError(
+            "finetune.freeze and finetune.adapter do not go with tensor above 1: shard or "
+            "replicate would."
+        )
+    if config.adapter == "none":
+        return
+    if precision == "fp8":
+        raise UsageError("finetune.adapter does not go with train.precision fp8: bf16 would.")
+    if adds_tokens:
+        raise UsageError(
+            "finetune.adapter freezes the embedding, so that new tokens would not be learned: "
+            "leave out tokenizer.add_tokens, or the adapter."
+        )
+    if config.freeze:
+        raise UsageError(
+            "finetune.adapter freezes all weights of the model: leave out finetune.freeze."
+        )
+
+
+def prepare_fine_tuning(model: Transformer, config: FinetuneConfig) -> str:
+    """Freezes what is not to be trained, and adds adapters, in place; says how much is left.
+
+    Raises:
+        UsageError: see ``freeze`` and ``add_adapters``.
+    """
+    settings = adapter_settings(config)
+    if settings is not None:
+        add_adapters(model, settings)
+    freeze(model, config.freeze)
+    trained, total = count_trained(model)
+    return f"trained: {trained:,} of {total:,} weights, {trained / total:.2%}"
