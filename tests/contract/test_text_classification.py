@@ -290,6 +290,7 @@ def test_the_run_folder_is_complete(eight: hasten.Run):
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     }
     assert not [
         p for p in eight.folder.rglob("*") if p.suffix in (".pt", ".pkl", ".bin", ".pickle")

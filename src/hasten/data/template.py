@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from hasten.core.errors import DamagedError
 
@@ -82,6 +82,31 @@ def read_template(tokenizer: Tokenizer) -> Template:
         DamagedError: a post-processor of another kind, or one that contradicts itself.
     """
     return _read(json.loads(tokenizer.to_str()).get("post_processor"))
+
+
+def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
+    """Returns a copy that puts special tokens around texts by itself, for other programs."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    names: dict[str, int] = {}
+
+    def pieces(ids: tuple[int, ...], segment: int) -> list[str]:
+        found = []
+        for number in ids:
+            token = tokenizer.id_to_token(number)
+            assert token is not None
+            names[token] = number
+            found.append(f"{token}:{segment}")
+        return found
+
+    second = int(template.numbers_segments)
+    first, last = pieces(template.first, 0), pieces(template.last, 0)
+    parts = [*first, "$A:0", *pieces(template.between, 0), f"$B:{second}"]
+    copy.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A:0", *last],
+        pair=[*parts, *pieces(template.last, second)],
+        special_tokens=list(names.items()),
+    )
+    return copy
 
 
 def _read(processor: Mapping[str, Any] | None) -> Template:

@@ -150,29 +150,30 @@ class SpecialIds:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, form: EncodingFormat) -> SpecialIds:
-        """Looks them up.
+        """Looks up those of a format.
 
         Raises:
             UsageError: the format needs a special token that the tokenizer lacks.
         """
         if (template := form.template) is not None:
             return cls(template.first, template.between, template.last, unknown_id(tokenizer))
+        begin, end = (CLASS, "<s>"), (SEPARATOR, "</s>")
         return cls(
-            (begin_id(tokenizer),) if form.class_token else (),
-            (end_id(tokenizer),) if form.separate_segments else (),
-            (end_id(tokenizer),) if form.end_token else (),
+            _ids_of(tokenizer, begin) if form.class_token else (),
+            _ids_of(tokenizer, end) if form.separate_segments else (),
+            _ids_of(tokenizer, end) if form.end_token else (),
             unknown_id(tokenizer),
         )
 
 
-def begin_id(tokenizer: Tokenizer) -> int:
-    """Returns the token that a sequence begins with, or raises ``UsageError``."""
-    return _id_of(tokenizer, CLASS, "<s>")
+def template_of(tokenizer: Tokenizer, form: EncodingFormat) -> Template:
+    """Returns what a format puts around and between texts.
 
-
-def end_id(tokenizer: Tokenizer) -> int:
-    """Returns the token that ends a text, or raises ``UsageError``."""
-    return _id_of(tokenizer, SEPARATOR, "</s>")
+    Raises:
+        UsageError: a special token that the tokenizer lacks.
+    """
+    special = SpecialIds.of(tokenizer, form)
+    return Template(special.first, special.between, special.last, form.has_types)
 
 
 def join_segments(
@@ -266,7 +267,7 @@ def _cut(segments: list[list[int]], room: int) -> int:
     return excess
 
 
-def _id_of(tokenizer: Tokenizer, *names: str) -> int:
+def _ids_of(tokenizer: Tokenizer, names: tuple[str, ...]) -> tuple[int]:
     found = tokenizer.token_to_id(token_named(tokenizer, *names))
     assert found is not None
-    return found
+    return (found,)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from hasten.data.corpus import Corpus
 from hasten.data.packing import places_of
 from hasten.data.spans import answers_from_json, cover_text, token_span, window_starts
 from hasten.data.template import Template
-from hasten.data.tokens import EncodingFormat, SpecialIds
+from hasten.data.tokens import EncodingFormat, template_of
 
 _FORMAT = 1
 _CHUNK = 500
@@ -91,6 +91,14 @@ class WindowForm:
     def max_question(self) -> int:
         """Tokens after which a question is cut."""
         return min(self.max_length // 2, self.max_length - self.num_special - 1)
+
+    def template_for(self, tokenizer: Tokenizer) -> Template:
+        """Returns what stands around question and context.
+
+        Raises:
+            UsageError: the tokenizer lacks the class token or the separator.
+        """
+        return self.template or template_of(tokenizer, _OWN)
 
     def room(self, num_question_tokens: int) -> int:
         """Returns the most tokens of the context that a window holds."""
@@ -208,7 +216,7 @@ class Windows:
     questions: np.ndarray
     rows: np.ndarray
     firsts: np.ndarray
-    special: SpecialIds
+    special: Template
 
     @classmethod
     def over(
@@ -233,7 +241,7 @@ class Windows:
             questions,
             rows[questions],
             np.concatenate([np.empty(0, np.int64), *starts]),
-            SpecialIds.of(tokenizer, replace(_OWN, template=form.template)),
+            form.template_for(tokenizer),
         )
 
     def __len__(self) -> int:

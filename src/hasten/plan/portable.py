@@ -6,11 +6,16 @@ TransformerConfig --check_portable--> refused where no class has its options
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from hasten.config.schema import ModelConfig, RunConfig
 from hasten.core.errors import UsageError
+from hasten.data.template import Framing
+from hasten.data.tokens import EncodingFormat, template_of
 from hasten.model.config import Architecture, Head, TransformerConfig
 from hasten.model.pretrained.writing import family_for
 from hasten.plan.choices import Choice, apply_choices
@@ -45,6 +50,7 @@ _OPTIONS: Mapping[Architecture, Mapping[str, Any]] = {
         "embedding_norm": True,
         "positions": "learned",
         "position_offset": 2,
+        "logit_bias": True,
         "activation": "gelu",
         "bias": True,
         "qk_norm": False,
@@ -55,18 +61,24 @@ _OF_HEADS = ("head_activation", "head_norm")
 
 
 def choose_portable(
-    config: RunConfig, architecture: Architecture
+    config: RunConfig, architecture: Architecture, uses: Collection[str]
 ) -> tuple[RunConfig, list[Choice]]:
-    """Returns the configuration with what ``model.portable`` decides, and what that is."""
+    """Returns the configuration with what ``model.portable`` decides, and what that is.
+
+    Args:
+        config: as a person has set it.
+        architecture: of the model.
+        uses: names of the ``TaskSettings`` that the task honours.
+    """
     if not config.model.portable:
         return config, []
     reason = "as model.portable says"
     wanted = [
         Choice(f"model.{name}", value, reason)
         for name, value in _OPTIONS[architecture].items()
-        if name in ModelConfig.model_fields
+        if name in ModelConfig.model_fields and (name != "pooling" or name in uses)
     ]
-    if architecture == "encoder":
+    if "segments" in uses:
         # Its class has no numbers of segments.
         wanted.append(Choice("data.segments", "join", reason))
     return apply_choices(config, wanted)
@@ -80,6 +92,13 @@ def portable_options(architecture: Architecture, head: Head) -> dict[str, Any]:
         if name not in ModelConfig.model_fields
         and (head != "language_modelling" or name not in _OF_HEADS)
     }
+
+
+def portable_framing(tokenizer: Tokenizer) -> Framing:
+    """Returns what stands around the texts that a portable encoder reads: as in BERT, untyped."""
+    form = EncodingFormat(class_token=True, separate_segments=True, end_token=True)
+    template = replace(template_of(tokenizer, form), numbers_segments=False)
+    return Framing(template, template)
 
 
 def check_portable(config: TransformerConfig) -> None:

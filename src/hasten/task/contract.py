@@ -355,6 +355,11 @@ class Task(ABC):
 
     @property
     @abstractmethod
+    def framing(self) -> Framing:
+        """What stands around the texts that are read, and around those that are written."""
+
+    @property
+    @abstractmethod
     def input_columns(self) -> tuple[str, ...]:
         """The columns of a row to predict."""
 

@@ -31,7 +31,7 @@ from hasten.data.examples import Examples
 from hasten.data.order import cut_micro_batches
 from hasten.data.rows import Row, RowFile
 from hasten.data.spans import answers_from_json, answers_to_json
-from hasten.data.template import template_from_json
+from hasten.data.template import Framing, template_from_json
 from hasten.data.windows import Passage, WindowForm, Windows, encode_passages, open_passages
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
@@ -319,6 +319,12 @@ class QuestionAnswering(Task):
                 "exact_match": float(np.mean([score.exact_match for score in scores])),
             }
         }
+
+    @property
+    def framing(self) -> Framing:
+        """What stands around and between question and context."""
+        template = self.form.template_for(self.tokenizers[0])
+        return Framing(template, template)
 
     @property
     def input_columns(self) -> tuple[str, ...]:

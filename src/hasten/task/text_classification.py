@@ -29,8 +29,14 @@ from hasten.data.order import cut_micro_batches
 from hasten.data.packing import pack_examples, pack_texts
 from hasten.data.redraw import Redraw, redrawn_tokens
 from hasten.data.rows import Row, RowFile
-from hasten.data.template import Template
-from hasten.data.tokens import EncodingFormat, TokenStore, encode_texts, open_tokens
+from hasten.data.template import Framing, Template
+from hasten.data.tokens import (
+    EncodingFormat,
+    TokenStore,
+    encode_texts,
+    open_tokens,
+    template_of,
+)
 from hasten.model.transformer import Transformer
 from hasten.task import baselines
 from hasten.task.contract import (
@@ -230,7 +236,7 @@ class TextClassification(Task):
         balanced = balanced_class_weights(tuple(counts[label] for label in labels))
         is_separate = corpus.num_texts > 1 and settings.segments != "join"
         template = None if settings.framing is None else settings.framing.read
-        if template is not None and not is_separate:
+        if template is not None and corpus.num_texts > 1 and not is_separate:
             template = Template(template.first, (), template.last)
         return cls(
             labels,
@@ -412,6 +418,12 @@ class TextClassification(Task):
         labels = tuple(values["id2label"][str(i)] for i in range(len(values["id2label"])))
         form = EncodingFormat.from_json(values["encoding"])
         return cls(labels, reading=reading, tokenizers=tokenizers, form=form)
+
+    @property
+    def framing(self) -> Framing:
+        """What stands around and between texts."""
+        template = template_of(self.tokenizers[0], self.form)
+        return Framing(template, template)
 
     def predictions(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Returns ``{"label", "probability", "probabilities"}`` of each sequence."""

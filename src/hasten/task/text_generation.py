@@ -18,6 +18,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from hasten.data.messages import LEARNED_ROLE, asked_messages, learned_turns, re
 from hasten.data.packing import pack_shifted
 from hasten.data.redraw import Redraw, redrawn_tokens
 from hasten.data.rows import Cell, Row, RowFile
-from hasten.data.template import Template, template_from_json
+from hasten.data.template import Framing, Template, template_from_json
 from hasten.data.text_windows import Windows, cut_windows
 from hasten.data.tokenizer import special_token_ids
 from hasten.data.tokens import EncodingFormat, SpecialIds, TokenStore, open_tokens
@@ -178,7 +179,7 @@ class TextGeneration(Task):
     ) -> None:
         self.reading, self.tokenizers = reading, tokenizers
         self.max_length, self.label_smoothing = max_length, label_smoothing
-        self.template = template
+        self._template = template
         form = reading.form
         framed = None
         if template is not None and form != "text":
@@ -195,7 +196,6 @@ class TextGeneration(Task):
             messages=form == "messages",
             template=framed,
         )
-        self._special = SpecialIds.of(tokenizers[0], self.form)
 
     # From a file to examples
 
@@ -367,6 +367,20 @@ class TextGeneration(Task):
     # How it is used
 
     @property
+    def framing(self) -> Framing:
+        """What stands around a prompt, and around a text that is written after it."""
+        special, form = self._special, self.reading.form
+        after = special.between if form in _PROMPTED_FORMS else ()
+        return Framing(
+            Template(special.first, (), after),
+            Template(special.first, special.between, special.last),
+        )
+
+    @cached_property
+    def _special(self) -> SpecialIds:
+        return SpecialIds.of(self.tokenizers[0], self.form)
+
+    @property
     def input_columns(self) -> tuple[str, ...]:
         """The columns that are the prompt together, or the column of texts."""
         columns = self.reading.columns
@@ -407,7 +421,7 @@ class TextGeneration(Task):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the window's length, and what stands around texts where a model says so."""
-        template = None if self.template is None else asdict(self.template)
+        template = None if self._template is None else asdict(self._template)
         return {"max_length": self.max_length, "template": template}
 
     @classmethod

@@ -34,10 +34,10 @@ from hasten.data.template import Framing, framing_from_json
 from hasten.data.tokenizer import special_token_ids
 from hasten.data.tokens import (
     EncodingFormat,
-    SpecialIds,
     TokenStore,
     encode_texts,
     open_tokens,
+    template_of,
 )
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
@@ -161,7 +161,7 @@ class Translation(Task):
         self.reading, self.tokenizers = reading, tokenizers
         self.max_length, self.label_smoothing = max_length, label_smoothing
         self.longest_target = longest_target
-        self.framing = framing
+        self._framing = framing
         read, written = (None, None) if framing is None else (framing.read, framing.written)
         self.source_form = EncodingFormat(
             max_length=max_length, end_token=True, cells=(0,), template=read
@@ -306,6 +306,14 @@ class Translation(Task):
         return DecodedSample(metrics, samples)
 
     @property
+    def framing(self) -> Framing:
+        """What stands around sources, and around targets."""
+        return Framing(
+            template_of(self.tokenizers[0], self.source_form),
+            template_of(self.tokenizers[-1], self.target_form),
+        )
+
+    @property
     def input_columns(self) -> tuple[str, ...]:
         """The source column."""
         return self.reading.columns[:1]
@@ -338,7 +346,7 @@ class Translation(Task):
         return {
             "max_length": self.max_length,
             "longest_target": self.longest_target,
-            "framing": None if self.framing is None else dataclasses.asdict(self.framing),
+            "framing": None if self._framing is None else dataclasses.asdict(self._framing),
         }
 
     @classmethod
@@ -364,15 +372,15 @@ class Translation(Task):
     ) -> list[Any]:
         source_form = dataclasses.replace(self.source_form, cells=())
         tokenizer = self.tokenizers[-1]
-        special = SpecialIds.of(tokenizer, self.target_form)
-        end = special.last[0]
+        written = self.framing.written
+        end = written.last[0]
         longest = min(self.max_length, self.longest_target + _SPARE_TOKENS)
         stop = settings.stop_rule(lambda _, ids: self._text(ids)) if settings else None
         return decode_sequences(
             model,
             machine,
             decoding,
-            [special.first] * len(sources),
+            [written.first] * len(sources),
             sources=encode_texts(self.tokenizers[0], [(text,) for text in sources], source_form),
             limits=[min(longest, decoding.max_new_tokens)] * len(sources),
             rules=OutputRules(

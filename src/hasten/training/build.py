@@ -91,7 +91,7 @@ def plan_run(config: RunConfig, observer: Observer, resources: Resources | None 
     pretrained, of_model, before = None, list[Choice](), list[Choice]()
     if config.model.pretrained is None:
         refuse_fine_tuning(config)
-        config, of_model = choose_portable(config, task.architecture)
+        config, of_model = choose_portable(config, task.architecture, task.uses)
     else:
         pretrained = open_pretrained(config, task, observer)
         config, of_model = settle_pretrained(config, pretrained.architecture, pretrained.name)

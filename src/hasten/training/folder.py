@@ -97,7 +97,8 @@ def create_folder(folder: Path, plan: Plan, start: Transformer | None = None) ->
         content = describe_data(config, data, partial, folder)
         if plan.pretrained is not None:
             content["pretrained"] = plan.pretrained.describe()
-            write_inherited(partial, plan.pretrained.folder, plan.pretrained.framing)
+            begun = plan.pretrained
+            write_inherited(partial, begun.folder, begun.framing, begun.names)
         _write_json(partial / "data.json", content)
         _write_json(partial / "environment.json", describe_machine(plan.device))
         with (partial / "rejected.jsonl").open("w", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ pretrained folder --write_inherited--> inherited.json of the run --read_inherite
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,16 @@ _KEPT = (
 )
 
 
-def write_inherited(folder: Path, pretrained: Path, framing: Framing) -> None:
+def write_inherited(
+    folder: Path, pretrained: Path, framing: Framing, names: Mapping[str, str]
+) -> None:
     """Writes into a run folder what is to be kept of a pretrained one.
 
     Args:
         folder: of the run.
         pretrained: folder of the model.
         framing: what it wants around texts.
+        names: its special tokens, by transformers' names.
 
     Raises:
         DamagedError: a file of that one is no JSON.
@@ -49,6 +53,7 @@ def write_inherited(folder: Path, pretrained: Path, framing: Framing) -> None:
         "config": {key: config[key] for key in _KEPT if config.get(key) is not None},
         "generation": read_object(pretrained / GENERATION),
         "framing": asdict(framing),
+        "names": dict(names),
     }
     text = json.dumps(content, ensure_ascii=False, indent=2)
     (folder / _FILE).write_text(text + "\n", encoding="utf-8")
@@ -64,7 +69,7 @@ def read_inherited(folder: Path) -> Inherited | None:
     if content is None:
         return None
     framing = Framing.from_json(content["framing"])
-    return Inherited(content["config"], content["generation"], framing)
+    return Inherited(content["config"], content["generation"], framing, content["names"])
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from hasten.data.examples import Examples
 from hasten.data.template import Framing
 from hasten.data.tokenizer import choose_vocab_size, load_tokenizer, train_tokenizer
 from hasten.plan.choices import Choice
+from hasten.plan.portable import portable_framing
 from hasten.task.contract import Drawing, Task, TaskSettings
 from hasten.training.observe import Observer
 from hasten.training.sources import Sources
@@ -81,6 +82,8 @@ def prepare_data(
     if settings.segments == "auto" and "segments" in sources.task.uses:
         value = "separate" if train.num_texts > 1 else "join"
         choices.append(Choice("data.segments", value, f"text columns: {train.num_texts}"))
+    if config.model.portable and sources.task.architecture == "encoder":
+        settings = dataclasses.replace(settings, framing=portable_framing(tokenizers[0]))
     task = sources.task.from_data(train, rows, sources.reading, tokenizers, settings)
     splits = {}
     for name, numbers in sources.rows.items():

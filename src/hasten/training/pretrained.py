@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ from hasten.training.framing import Described, read_framing
 from hasten.training.inherited import read_object
 from hasten.training.observe import Observer
 from hasten.training.saved import GENERATION
+from hasten.training.saved_tokenizer import TOKENIZER_CONFIG
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Weights and whatever any tokenizer is made of; no pickle, no code.
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.spm")
 _SHOWN = 4
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Pretrained:
         vocab_size: rows of its embedding, without those that are to be added.
         tokenizers: one, or one for the source and one for the target.
         framing: what it wants around texts.
+        names: its special tokens, by transformers' names.
         added: ids of the tokens that they got.
     """
 
@@ -64,6 +65,7 @@ class Pretrained:
     vocab_size: int
     tokenizers: tuple[Tokenizer, ...]
     framing: Framing
+    names: Mapping[str, str]
     added: tuple[int, ...] = ()
 
     def with_head(self, options: dict[str, Any]) -> TransformerConfig:
@@ -122,7 +124,16 @@ def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> 
         f"{architecture.num_layers} layers of {architecture.hidden_size}, "
         f"{architecture.vocab_size:,} tokens" + f", {len(added)} of them new" * bool(added)
     )
-    return Pretrained(name, folder, architecture, vocab_size, tokenizers, framing, added)
+    return Pretrained(
+        name,
+        folder,
+        architecture,
+        vocab_size=vocab_size,
+        tokenizers=tokenizers,
+        framing=framing,
+        names=vocabulary.names,
+        added=added,
+    )
 
 
 def find_folder(name: str, observer: Observer) -> Path:

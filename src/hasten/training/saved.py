@@ -36,12 +36,17 @@ from hasten.task.contract import Task
 from hasten.task.registry import task_named
 from hasten.training.architecture import architecture_from_json
 from hasten.training.checkpoint import copy_into
+from hasten.training.saved_tokenizer import (
+    TOKENIZER_FILES,
+    token_numbers,
+    write_tokenizers,
+    writing_numbers,
+)
 
 FORMAT_VERSION = 3
 OWN_FILE, CONFIG, GENERATION = "hasten.json", "config.json", "generation_config.json"
 # What transformers looks for in config.json.
 _LABEL_KEYS = ("id2label", "label2id")
-TOKENIZER_FILES = ("tokenizer.json", "target_tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,13 @@ class Inherited:
         config: keys of config.json that say nothing of the architecture, such as token numbers.
         generation: generation_config.json; None without one.
         framing: what it wants around texts.
+        names: its special tokens, by transformers' names; None where there was no such model.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] | None = None
     framing: Framing | None = None
+    names: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,11 +145,15 @@ def save_model(
         else:
             # What a family says of token numbers may decide where its positions begin.
             said = {k for k, v in family.config(config).items() if v is not None}
-            kept = {k: v for k, v in inherited.config.items() if k not in said}
+            numbers = token_numbers(task) if inherited.names is None else inherited.config
+            numbers = {**numbers, **writing_numbers(task)}
+            kept = {k: v for k, v in numbers.items() if k not in said}
             save_pretrained(partial, config, tensors, {**kept, **labels})
-        names = [CONFIG, WEIGHTS, *save_tokenizers(partial, task.tokenizers)]
-        if inherited.generation is not None:
-            _write_json(partial / GENERATION, inherited.generation)
+        names = [CONFIG, WEIGHTS, *write_tokenizers(partial, task, config, inherited.names)]
+        if task.generates:
+            generation = token_numbers(task) if inherited.generation is None else {}
+            generation = {**generation, **(inherited.generation or {}), **writing_numbers(task)}
+            _write_json(partial / GENERATION, generation)
         content["sha256"] = {name: file_hash(partial / name) for name in names}
         _write_json(partial / OWN_FILE, content)
 
