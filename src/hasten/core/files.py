@@ -11,20 +11,42 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from hasten.core.errors import MachineError
+from hasten.core.errors import DamagedError, MachineError
+
+_MOST_JSON_BYTES = 64 << 20  # of a config.json or an index, which are a few kB
 
 
 def file_hash(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file that somebody else has written.
+
+    Raises:
+        DamagedError: it is missing, far too large, or holds something else.
+    """
+    try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise DamagedError(f"{path}: far too large.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: missing.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path}: not a JSON object.")
+    return content
 
 
 def sync_folder(folder: Path) -> None:

@@ -89,7 +89,7 @@ def train_tokenizer(
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise DataError("there is no text to train a tokenizer on.")
-    return _reading_names_as_text(tokenizer)
+    return reading_names_as_text(tokenizer)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -109,7 +109,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DamagedError(f"{file}: not a tokenizer.json: {error}.") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return _reading_names_as_text(tokenizer)
+    return reading_names_as_text(tokenizer)
 
 
 def token_named(tokenizer: Tokenizer, *names: str) -> str:
@@ -139,7 +139,7 @@ def unknown_id(tokenizer: Tokenizer) -> int:
     return 0
 
 
-def _reading_names_as_text(tokenizer: Tokenizer) -> Tokenizer:
+def reading_names_as_text(tokenizer: Tokenizer) -> Tokenizer:
     """Makes "[SEP]" in a person's text six characters, not the token that ends a text."""
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hasten.core.errors import DamagedError
+from hasten.core.files import read_object
 from hasten.data.template import Framing
 from hasten.training.saved import CONFIG, GENERATION, Inherited
 
@@ -48,10 +48,10 @@ def write_inherited(
     Raises:
         DamagedError: a file of that one is no JSON.
     """
-    config = read_object(pretrained / CONFIG) or {}
+    config = optional_object(pretrained / CONFIG) or {}
     content = {
         "config": {key: config[key] for key in _KEPT if config.get(key) is not None},
-        "generation": read_object(pretrained / GENERATION),
+        "generation": optional_object(pretrained / GENERATION),
         "framing": asdict(framing),
         "names": dict(names),
     }
@@ -65,25 +65,13 @@ def read_inherited(folder: Path) -> Inherited | None:
     Raises:
         DamagedError: the file is no JSON.
     """
-    content = read_object(folder / _FILE)
+    content = optional_object(folder / _FILE)
     if content is None:
         return None
     framing = Framing.from_json(content["framing"])
     return Inherited(content["config"], content["generation"], framing, content["names"])
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file; None where there is no file.
-
-    Raises:
-        DamagedError: it is none.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{path}: not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise DamagedError(f"{path}: not a JSON object.")
-    return content
+def optional_object(path: Path) -> dict[str, Any] | None:
+    """Returns the JSON object in a file; None where there is no file, ``DamagedError`` else."""
+    return read_object(path) if path.is_file() else None

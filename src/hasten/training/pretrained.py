@@ -33,7 +33,7 @@ from hasten.model.vocabulary import extend_vocabulary
 from hasten.task.contract import Task
 from hasten.task.registry import TASKS
 from hasten.training.framing import Described, read_framing
-from hasten.training.inherited import read_object
+from hasten.training.inherited import optional_object
 from hasten.training.observe import Observer
 from hasten.training.saved import GENERATION
 from hasten.training.saved_tokenizer import TOKENIZER_CONFIG
@@ -109,8 +109,8 @@ def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> 
     described = Described(
         name,
         config=content,
-        generation=read_object(folder / GENERATION),
-        tokenizer=read_object(folder / TOKENIZER_CONFIG) or {},
+        generation=optional_object(folder / GENERATION),
+        tokenizer=optional_object(folder / TOKENIZER_CONFIG) or {},
         architecture=architecture.architecture,
         has_types=architecture.num_token_types > 1,
     )

@@ -9,7 +9,6 @@ read here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hasten.core.errors import DamagedError, UsageError
+from hasten.core.files import read_object
 from hasten.model.config import Head, TransformerConfig
 from hasten.model.pretrained.family import Family, Rule
 from hasten.model.pretrained.registry import family_of
@@ -29,7 +29,6 @@ from hasten.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_MOST_BYTES = 64 << 20  # of a config.json or an index, which are a few kB
 _MOST_POSITIONS = 1 << 24
 _KINDS = ("F64", "F32", "F16", "BF16")
 # What may differ from the checkpoint without another tensor or another result.
@@ -128,7 +127,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder}: not a model folder: it has no config.json.")
-    return _json_object(path)
+    return read_object(path)
 
 
 def config_of(
@@ -313,7 +312,7 @@ def _weight_files(folder: Path) -> Iterator[tuple[Path, Iterable[str] | None]]:
                 f"hasten convert {folder}"
             )
         raise DamagedError(f"{folder}: there is no {WEIGHTS}.")
-    content = _json_object(folder / INDEX).get("weight_map")
+    content = read_object(folder / INDEX).get("weight_map")
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
         raise DamagedError(f"{folder / INDEX}: has no weight_map of names and files.")
     shards: dict[str, list[str]] = {}
@@ -334,20 +333,6 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DamagedError(f"{path}: not a whole safetensors file: {error}.") from None
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise DamagedError(f"{path}: far too large.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(f"{path}: not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise DamagedError(f"{path}: not a JSON object.")
-    return content
 
 
 class _NoDraws(TorchFunctionMode):
