@@ -140,7 +140,9 @@ def test_what_agrees_with_the_folder_or_changes_no_weight_may_be_set(config):
         if key.startswith("model."):
             assert getattr(found, key.removeprefix("model.")) == value
     plain = plan_run(config(), Recorder())
-    assert plain.architecture.dropout == 0.05 and plain.architecture.attention_dropout == 0.02
+    assert plain.architecture.dropout == 0.05 and plain.architecture.attention_dropout == 0.0
+    once = plan_run(config(**{"train.epochs": 1}), Recorder())
+    assert once.architecture.dropout == 0.0 == once.architecture.head_dropout
     assert plain.config.tokenizer.max_length == 64 == plain.architecture.max_positions
 
 

@@ -29,6 +29,7 @@ _FREE_KEYS = frozenset(
         "pooling",
     }
 )
+_DROPOUTS = ("dropout", "attention_dropout", "head_dropout")
 _LONGEST = 512  # tokens that sequences are cut to where the model takes more
 _EPOCHS = ((2_000, 10.0), (10_000, 5.0), (100_000, 3.0), (float("inf"), 2.0))
 _STEP_TOKENS, _MIN_STEP_TOKENS, _MIN_STEPS_PER_EPOCH = 1024, 256, 100
@@ -58,8 +59,8 @@ def settle_pretrained(
         of_model.remove("pooling")
     for key in (key for key in ModelConfig.model_fields if key in of_model):
         value, wanted = getattr(architecture, key), getattr(config.model, key)
-        if key == "head_dropout" and value is None:
-            value = architecture.dropout
+        if key in _DROPOUTS and (key not in given or wanted == "auto"):
+            continue  # chosen when the data is known
         if key not in given or wanted in ("auto", value):
             choices.append(Choice(f"model.{key}", value, f"as {name} says"))
         elif key not in _FREE_KEYS:
@@ -127,17 +128,22 @@ def choose_for_fine_tuning(
         facts: of the data.
         architecture: of the model.
     """
-    return apply_choices(config, _choices(config, facts, architecture.hidden_size))
+    return apply_choices(config, _choices(config, facts, architecture))
 
 
-def _choices(config: RunConfig, facts: DataFacts, width: int) -> Iterator[Choice]:
+def _choices(
+    config: RunConfig, facts: DataFacts, architecture: TransformerConfig
+) -> Iterator[Choice]:
     examples = f"{facts.num_examples:,} training examples"
     epochs = next(epochs for limit, epochs in _EPOCHS if facts.num_examples < limit)
     yield Choice("train.epochs", epochs, f"fine-tuning on {examples}")
+    if config.train.epochs != "auto":
+        epochs = config.train.epochs
+    yield from _dropouts(architecture, epochs)
     per_step = min(_STEP_TOKENS, max(_MIN_STEP_TOKENS, facts.num_tokens // _MIN_STEPS_PER_EPOCH))
     yield Choice("train.tokens_per_step", per_step, f"fine-tuning on {facts.num_tokens:,} tokens")
     adapter, reason = config.finetune.adapter, "moves pretrained weights little"
-    rate = _RATE * min(1.0, (_WIDTH / width) ** 0.5)
+    rate = _RATE * min(1.0, (_WIDTH / architecture.hidden_size) ** 0.5)
     if adapter != "none":
         rate, reason = rate * _ADAPTER_RATE, f"{adapter} begins at zero and has far to go"
     yield Choice("train.learning_rate", float(f"{rate:.2g}"), reason)
@@ -148,3 +154,14 @@ def _choices(config: RunConfig, facts: DataFacts, width: int) -> Iterator[Choice
         yield Choice("optim.betas", (0.9, 0.999), "adamw as in pretraining")
     yield Choice("optim.weight_decay", 0.01, "usual for fine-tuning")
     yield Choice("data.augment", ("none",), "the model knows texts as they are")
+
+
+def _dropouts(architecture: TransformerConfig, epochs: float) -> Iterator[Choice]:
+    head = architecture.head_dropout
+    head = architecture.dropout if head is None else head
+    rates, reason = (architecture.dropout, head), "as in pretraining"
+    if epochs <= 1:
+        rates, reason = (0.0, 0.0), "nothing is learned by heart that is seen once"
+    yield Choice("model.dropout", rates[0], reason)
+    yield Choice("model.head_dropout", rates[1], reason)
+    yield Choice("model.attention_dropout", 0.0, "attention is faster without it")

@@ -24,7 +24,7 @@ from hasten.core.errors import DamagedError, MachineError, UsageError
 from hasten.core.files import file_hash
 from hasten.data.pretrained_tokenizer import read_tokenizers
 from hasten.data.template import Framing
-from hasten.model.config import Architecture, TransformerConfig
+from hasten.model.config import Architecture, Pooling, TransformerConfig
 from hasten.model.heads import ClassificationHead
 from hasten.model.pretrained.reading import config_of, load_weights, read_config
 from hasten.model.pretrained.registry import family_of
@@ -40,8 +40,9 @@ from hasten.training.saved_tokenizer import TOKENIZER_CONFIG
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Weights and whatever any tokenizer is made of; no pickle, no code.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.spm")
+_WANTED = ("*.json", "1_Pooling/config.json", "*.safetensors", "*.txt", "*.model", "*.spm")
 _SHOWN = 4
+_POOLING = Path("1_Pooling", "config.json")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> 
     family = family_of(content, str(folder / "config.json"))
     _check_task(name, family.architecture, task)
     architecture = config_of(folder, head=task.head)
+    pooling = _pooling(folder) if task.head == "classification" else None
+    if pooling is not None:
+        architecture = dataclasses.replace(architecture, pooling=pooling)
     vocabulary = read_tokenizers(folder)
     tokenizers = vocabulary.tokenizers
     _check_vocabulary(name, architecture, tokenizers)
@@ -231,6 +235,14 @@ def _check_task(name: str, own: Architecture, task: type[Task]) -> None:
             f"{name} is {article} {own.replace('_', '-')}, which cannot learn {task.name}; it can "
             f"learn {fitting} (--task)."
         )
+
+
+def _pooling(folder: Path) -> Pooling | None:
+    """Returns how a model of sentence-transformers makes one vector of a text; None of others."""
+    content = optional_object(folder / _POOLING) or {}
+    if content.get("pooling_mode_mean_tokens"):
+        return "mean"
+    return "last" if content.get("pooling_mode_lasttoken") else None
 
 
 def _check_vocabulary(
