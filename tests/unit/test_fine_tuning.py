@@ -337,3 +337,16 @@ def test_an_id_is_fetched(config, bert: Path, monkeypatch: pytest.MonkeyPatch):
     assert name == "owner/name" and not any("bin" in p or "py" in p for p in patterns)
     with pytest.raises(MachineError, match=r"owner/none: .*cannot be fetched.*401 Client Error$"):
         plan_run(config(**{"model.pretrained": "owner/none"}), Recorder())
+
+
+def test_a_model_of_sentences_pools_as_it_says(config, bert: Path, tmp_path: Path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    (folder / "1_Pooling").mkdir()
+    said = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False}
+    for mode, pooling in (("mean_tokens", "mean"), ("cls_token", "first"), ("lasttoken", "last")):
+        content = json.dumps({**said, f"pooling_mode_{mode}": True})
+        (folder / "1_Pooling" / "config.json").write_text(content)
+        plan = plan_run(config(**{"model.pretrained": str(folder)}), Recorder())
+        assert plan.architecture.pooling == pooling
+    kept = {"model.pretrained": str(folder), "model.pooling": "first"}
+    assert plan_run(config(**kept), Recorder()).architecture.pooling == "first"
