@@ -350,3 +350,34 @@ def test_a_model_of_sentences_pools_as_it_says(config, bert: Path, tmp_path: Pat
         assert plan.architecture.pooling == pooling
     kept = {"model.pretrained": str(folder), "model.pooling": "first"}
     assert plan_run(config(**kept), Recorder()).architecture.pooling == "first"
+
+
+def test_an_embedding_that_is_seen_too_seldom_stays_as_it_is(config, bert: Path, tmp_path: Path):
+    recorder = Recorder()
+    tuned = plan_run(config(), recorder)
+    rows = tuned.architecture.vocab_size
+    tokens = int(tuned.data.splits["train"].lengths.sum())
+    for epochs, frozen in ((19 * rows / tokens, ("embedding.tokens",)), (21 * rows / tokens, ())):
+        plan = plan_run(config(**{"train.epochs": epochs}), recorder)
+        assert plan.config.finetune.freeze == frozen
+        model = build_loop(plan, tmp_path, recorder).parts.model
+        assert model.embedding.tokens.weight.requires_grad == (not frozen)
+        assert model.embedding.token_types.weight.requires_grad
+    assert "each of its rows is seen 19 times" in "\n".join(recorder.notes)
+    for key, value in (
+        ("finetune.freeze", "none"),
+        ("finetune.adapter", "lora"),
+        ("tokenizer.add_tokens", "zyx"),
+        ("train.seed", 3),
+    ):
+        plan = plan_run(config(**{"train.epochs": 0.2, key: value}), recorder)
+        is_frozen = plan.config.finetune.freeze == ("embedding.tokens",)
+        assert is_frozen == (key == "train.seed"), key
+
+
+def test_an_adapter_of_what_no_class_has_is_merged_alone(config, bert: Path, tmp_path: Path):
+    recorder = Recorder()
+    start_run(config(**ADAPTED, **{"model.pooling": "mean"}), tmp_path / "run", recorder)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert "adapter/ is not written: no transformers class" in "\n".join(recorder.notes)
+    assert Run(tmp_path / "run").predict("one old hammer")[0]["label"]

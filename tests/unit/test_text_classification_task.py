@@ -25,15 +25,13 @@ from hasten.data.tokenizer import train_tokenizer
 from hasten.data.tokens import EncodingFormat
 from hasten.task.baselines import majority_accuracy, tfidf_accuracy
 from hasten.task.contract import Drawing, TaskSettings, WantedColumns
+from hasten.task.label_statistics import accuracy_interval, balanced_class_weights, sort_labels
 from hasten.task.text_classification import (
     UNSEEN,
     ClassificationMeter,
     LabelledExamples,
     LossSettings,
     TextClassification,
-    accuracy_interval,
-    balanced_class_weights,
-    sort_labels,
 )
 
 

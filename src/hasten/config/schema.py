@@ -331,7 +331,8 @@ class FinetuneConfig(Section):
     freeze: Names = Field(
         default=(),
         description="parts that stay as they are, by the names of their weights; * is anything, "
-        "as in embedding,encoder.blocks.[0-2]",
+        "as in embedding,encoder.blocks.[0-2]; left out, an embedding that is seen too seldom; "
+        "none for nothing",
     )
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="factor on the learning rate from each block to the one below it"

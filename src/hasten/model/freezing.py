@@ -28,14 +28,15 @@ def freeze(model: Transformer, patterns: Sequence[str]) -> None:
 
     Args:
         model: plain, before processes share it.
-        patterns: of names, or of their beginnings up to a dot; ``*`` is anything.
+        patterns: of names, or of their beginnings up to a dot; ``*`` is anything. The pattern
+            ``none`` alone names nothing.
 
     Raises:
         UsageError: a pattern that names no weight, or nothing is left to train.
     """
     named = dict(model.named_parameters())
     kept = always_trained(model)
-    for pattern in patterns:
+    for pattern in () if is_none(patterns) else patterns:
         found = [name for name in named if names_match(name, [pattern])]
         if not found:
             raise UsageError(
@@ -49,6 +50,11 @@ def freeze(model: Transformer, patterns: Sequence[str]) -> None:
             named[name].requires_grad_(name in kept)
     if not any(parameter.requires_grad for parameter in named.values()):
         raise UsageError("finetune.freeze leaves no weight to train.")
+
+
+def is_none(patterns: Sequence[str]) -> bool:
+    """Returns whether patterns name nothing."""
+    return tuple(patterns) in ((), ("none",))
 
 
 def always_trained(model: Transformer) -> frozenset[str]:

@@ -32,7 +32,8 @@ _FREE_KEYS = frozenset(
 _DROPOUTS = ("dropout", "attention_dropout", "head_dropout")
 _LONGEST = 512  # tokens that sequences are cut to where the model takes more
 _EPOCHS = ((2_000, 10.0), (10_000, 5.0), (100_000, 3.0), (float("inf"), 2.0))
-_STEP_TOKENS, _MIN_STEP_TOKENS, _MIN_STEPS_PER_EPOCH = 1024, 256, 100
+_STEP_EXAMPLES, _STEP_TOKENS, _MIN_STEPS_PER_EPOCH = 10, (256, 8192), 100
+_SELDOM = 20  # times that a row of an embedding is seen in a run, on average
 _RATE, _WIDTH = 1e-4, 384  # the width at which the rate was chosen
 _ADAPTER_RATE = 10.0
 
@@ -140,8 +141,11 @@ def _choices(
     if config.train.epochs != "auto":
         epochs = config.train.epochs
     yield from _dropouts(architecture, epochs)
-    per_step = min(_STEP_TOKENS, max(_MIN_STEP_TOKENS, facts.num_tokens // _MIN_STEPS_PER_EPOCH))
-    yield Choice("train.tokens_per_step", per_step, f"fine-tuning on {facts.num_tokens:,} tokens")
+    least, most = _STEP_TOKENS
+    wanted = _STEP_EXAMPLES * facts.num_tokens // facts.num_examples
+    per_step = max(least, min(most, wanted, facts.num_tokens // _MIN_STEPS_PER_EPOCH))
+    yield Choice("train.tokens_per_step", per_step, f"about {_STEP_EXAMPLES} examples")
+    yield from _frozen(config, architecture, epochs * facts.num_tokens)
     adapter, reason = config.finetune.adapter, "moves pretrained weights little"
     rate = _RATE * min(1.0, (_WIDTH / architecture.hidden_size) ** 0.5)
     if adapter != "none":
@@ -165,3 +169,27 @@ def _dropouts(architecture: TransformerConfig, epochs: float) -> Iterator[Choice
     yield Choice("model.dropout", rates[0], reason)
     yield Choice("model.head_dropout", rates[1], reason)
     yield Choice("model.attention_dropout", 0.0, "attention is faster without it")
+
+
+def _frozen(
+    config: RunConfig, architecture: TransformerConfig, num_tokens: float
+) -> Iterator[Choice]:
+    """Leaves an embedding alone that has more rows than the texts can teach anything.
+
+    Half of a small encoder's weights are in it, and so is half of what the optimizer does in a
+    step, of which few rows get a gradient. Rows that are seen move away from those of like meaning
+    that are not.
+    """
+    seen = num_tokens / (architecture.source_vocab_size or architecture.vocab_size)
+    layout = config.parallel.layout
+    if (
+        architecture.head == "language_modelling"  # it may be what scores tokens too
+        or config.finetune.adapter != "none"
+        or config.tokenizer.add_tokens
+        or seen >= _SELDOM
+        or "tensor" in layout
+        or "pipeline" in layout
+    ):
+        return
+    reason = f"each of its rows is seen {seen:.0f} times, too seldom to learn"
+    yield Choice("finetune.freeze", ("embedding.tokens",), reason)

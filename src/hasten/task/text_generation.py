@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -53,6 +53,7 @@ from hasten.task.contract import (
     WantedColumns,
 )
 from hasten.task.generating import OutputRules, TokenMeter, decode_sequences, token_loss_sum
+from hasten.task.output_stream import OutputStream
 from hasten.task.text_columns import FORMS, guess_form, named_columns
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 8, 60
@@ -405,7 +406,7 @@ class TextGeneration(Task):
             raise UsageError(f"{error}.") from None
         if settings.stream is not None and len(rows) > 1:
             raise UsageError("only a single output can be told as it comes.")
-        stream = None if settings.stream is None else _Stream(settings, self._text)
+        stream = None if settings.stream is None else OutputStream(settings, self._text)
         results = self._continue(model, prompts, machine, settings.decoding, settings, stream)
         found = []
         for hypotheses in results:
@@ -481,7 +482,7 @@ class TextGeneration(Task):
         machine: Machine,
         decoding: DecodingSettings,
         settings: PredictSettings | None = None,
-        stream: _Stream | None = None,
+        stream: OutputStream | None = None,
     ) -> list[list[Decoded]]:
         tokenizer = self.tokenizers[0]
         end = self._special.last[0] if self._special.last else None
@@ -506,32 +507,3 @@ class TextGeneration(Task):
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return self.tokenizers[0].decode(list(token_ids))
-
-
-class _Stream:
-    """Tells one output as it comes, in pieces that together are the whole of it.
-
-    Args:
-        settings: with whom to tell, and the strings that end the output.
-        to_text: from tokens to text.
-    """
-
-    def __init__(self, settings: PredictSettings, to_text: Callable[[Sequence[int]], str]) -> None:
-        self._settings, self._to_text = settings, to_text
-        self._ids: list[int] = []
-        self._num_told = 0
-        self._num_held = max(map(len, settings.stop), default=1) - 1
-
-    def add(self, _: int, token: int) -> None:
-        """Tells what is certain with one more token."""
-        self._ids.append(token)
-        # Half a character, or what may become a stop string, waits for the next token.
-        text = self._settings.cut(self._to_text(self._ids)).rstrip("\ufffd")
-        self.tell(text[: max(0, len(text) - self._num_held)])
-
-    def tell(self, text: str) -> None:
-        """Tells what of the beginning of the output has not been told yet."""
-        assert self._settings.stream is not None
-        if len(text) > self._num_told:
-            self._settings.stream(text[self._num_told :])
-            self._num_told = len(text)

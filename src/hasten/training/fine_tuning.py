@@ -8,7 +8,7 @@ from __future__ import annotations
 from hasten.config.schema import FinetuneConfig
 from hasten.core.errors import UsageError
 from hasten.model.adapters import AdapterSettings, add_adapters
-from hasten.model.freezing import count_trained, freeze
+from hasten.model.freezing import count_trained, freeze, is_none
 from hasten.model.transformer import Transformer
 from hasten.parallel.layout import Layout
 
@@ -36,7 +36,7 @@ def check_fine_tuning(
     Raises:
         UsageError: saying what to leave out.
     """
-    is_whole = config.adapter == "none" and not config.freeze
+    is_whole = config.adapter == "none" and is_none(config.freeze)
     if layout.pipeline > 1 and not (is_whole and config.layer_decay == 1):
         raise UsageError("the section finetune does not go with pipeline above 1.")
     if layout.tensor > 1 and not is_whole:
@@ -53,7 +53,7 @@ def check_fine_tuning(
             "finetune.adapter freezes the embedding, so that new tokens would not be learned: "
             "leave out tokenizer.add_tokens, or the adapter."
         )
-    if config.freeze:
+    if not is_none(config.freeze):
         raise UsageError(
             "finetune.adapter freezes all weights of the model: leave out finetune.freeze."
         )

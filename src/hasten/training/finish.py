@@ -23,7 +23,7 @@ from hasten.training.fine_tuning import adapter_settings
 from hasten.training.inherited import read_inherited
 from hasten.training.loop import Loop
 from hasten.training.planned import Plan
-from hasten.training.saved import SavedModel, save_model
+from hasten.training.saved import SavedModel, save_model, writable_as
 
 
 def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
@@ -88,6 +88,12 @@ def _save_adapter(
     assert base is not None
     if plan.config.tokenizer.add_tokens:
         loop.observer.note("adapter/ is not written: with added tokens the base is another model")
+        return
+    if writable_as(plan.architecture) is None:
+        loop.observer.note(
+            "adapter/ is not written: no transformers class has this model's options; model/ has "
+            "it merged (--model.pooling first may help)"
+        )
         return
     save_adapter(loop.folder / "adapter", plan.architecture, tensors, settings, base)
 

@@ -105,7 +105,9 @@ def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> 
     architecture = config_of(folder, head=task.head)
     pooling = _pooling(folder) if task.head == "classification" else None
     if pooling is not None:
-        architecture = dataclasses.replace(architecture, pooling=pooling)
+        architecture = dataclasses.replace(
+            architecture, pooling=pooling, head_activation="none", head_norm=False
+        )
     vocabulary = read_tokenizers(folder)
     tokenizers = vocabulary.tokenizers
     _check_vocabulary(name, architecture, tokenizers)

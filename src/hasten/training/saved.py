@@ -90,12 +90,15 @@ def save_tokenizers(folder: Path, tokenizers: tuple[Tokenizer, ...]) -> list[str
 
 
 def load_tokenizers(folder: Path) -> tuple[Tokenizer, ...]:
-    """Reads the tokenizers that ``save_tokenizers`` wrote."""
-    return tuple(
+    """Reads tokenizers; what they put around texts for other programs, here a task does."""
+    tokenizers = [
         load_tokenizer(folder / name)
         for number, name in enumerate(TOKENIZER_FILES)
         if number == 0 or (folder / name).is_file()
-    )
+    ]
+    for tokenizer in tokenizers:
+        tokenizer.post_processor = None
+    return tuple(tokenizers)
 
 
 def save_model(

@@ -242,6 +242,8 @@ def _place(
     absent: list[str] = []
     taken: set[str] = set()
     for one, other in found:
+        if one.is_optional and not shapes.keys() >= {*one.own}:
+            continue  # of a head that is put together otherwise
         if other is not None:
             taken |= {
                 f"{lead}{name}" for name in (one.other, *one.aliases) for lead in ("", prefix)
