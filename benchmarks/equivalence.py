@@ -4,8 +4,8 @@
         largest relative difference of losses, gradient norms and weights
 
 Dropout is off; examples are ragged and do not go round. The cases are those of tests/distributed,
-which run a part of the grid for fewer steps. The whole grid takes hours on two cores: each layout is
-kept as soon as it is done, and a layout that the output file has already is not run again.
+which run a part of the grid for fewer steps. The whole grid takes hours on two cores: each layout
+is kept as soon as it is done, and a layout that the output file has already is not run again.
 
     python benchmarks/equivalence.py [--layouts shard=2 tensor=2 ...] [--steps 50] [--output FILE]
 """

@@ -361,7 +361,9 @@ def test_the_run_folder_holds_both_vocabularies(tmp_path: Path):
         "hasten.json",
         "config.json",
         "model.safetensors",
+        "generation_config.json",
         "tokenizer.json",
+        "tokenizer_config.json",
         "target_tokenizer.json",
     }
     described = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))
