@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from hasten.core.errors import DamagedError, UsageError, nearest
 from hasten.data.pretrained_tokenizer import PretrainedTokenizers
 from hasten.data.template import Framing, Template, read_template
@@ -83,8 +85,7 @@ def read_framing(
     if described.architecture == "decoder":
         begin = vocabulary.token_id("bos_token")
         first = read.first or end if begin is None else (begin,)
-        line = vocabulary.tokenizers[0].encode("\n", add_special_tokens=False).ids
-        return Framing(read, Template(first, tuple(line), end))
+        return Framing(read, Template(first, _line_end(vocabulary.tokenizers[0]), end))
     start = generation_start(described.config, described.generation).start
     if start is None:
         start = _number(described, "pad_token_id")
@@ -92,6 +93,12 @@ def read_framing(
         raise DamagedError(f"{described.name}: config.json has no decoder_start_token_id.")
     own = read_template(vocabulary.tokenizers[-1])
     return Framing(read, Template((start, *own.first), (), own.last or end))
+
+
+def _line_end(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens of a line's end after a word; alone it may get a space of its own."""
+    word, line = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("a", "a\n"))
+    return tuple(line[len(word) :])
 
 
 def _with_languages(
