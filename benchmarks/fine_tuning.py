@@ -145,7 +145,6 @@ def run_arm(
         "seconds": done.seconds,
         "steps": training["steps"],
         "num_parameters": training["num_parameters"],
-        "num_trained": training.get("num_trained_parameters", training["num_parameters"]),
     }
 
 
@@ -208,7 +207,6 @@ def train_with_trainer(
         "train_seconds": train_seconds,
         "steps": trainer.state.global_step,
         "num_parameters": count,
-        "num_trained": count,
     }
 
 
@@ -224,7 +222,6 @@ def summarised(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             compared[arm] = {
                 "accuracy_points_below_the_better": 100 * (best - middle[arm]["accuracy"]),
                 "times_as_fast_as_the_faster": fastest / middle[arm]["seconds"],
-                "trained_share": middle[arm]["num_trained"] / middle[arm]["num_parameters"],
             }
     return {"runs": runs, "medians": middle, "compared": compared}
 
@@ -238,11 +235,11 @@ def described(figures: dict[str, Any]) -> str:
 
 def print_table(result: dict[str, Any]) -> None:
     print(f"judged on {result['judged_on']}; medians")
-    print(f"{'':12} {'accuracy':>9} {'command s':>10} {'training s':>11} {'trained':>12}")
+    print(f"{'':12} {'accuracy':>9} {'command s':>10} {'training s':>11}")
     for arm, figures in result["medians"].items():
         print(
             f"{arm:12} {figures['accuracy']:9.4f} {figures['seconds']:10.1f} "
-            f"{figures['train_seconds']:11.1f} {figures['num_trained']:12,.0f}"
+            f"{figures['train_seconds']:11.1f}"
         )
     for arm, found in result["compared"].items():
         print(
