@@ -37,11 +37,14 @@ def test_several_processes_end_with_the_weights_of_one(kind: str, tmp_path: Path
     bert = write_bert(tmp_path / "bert", initializer_range=0.1)
     data = write_labelled(tmp_path / "train.csv", 60)
     settings = {**SETTINGS, **KINDS[kind], "model.pretrained": str(bert)}
-    alone = hasten.train(data, output=tmp_path / "alone", settings=settings).saved.model
+    run = hasten.train(data, output=tmp_path / "alone", settings=settings)
+    alone, num_trained = run.saved.model, run.result["training"]["num_trained"]
+    assert 0 < num_trained < sum(p.numel() for p in alone.parameters())
     for layout in ("replicate=2", "shard=2"):
         output = tmp_path / layout
         run = hasten.train(data, output=output, settings={**settings, "parallel.layout": layout})
         assert not (output / "start.safetensors").exists()
+        assert run.result["training"]["num_trained"] == num_trained
         found = run.saved.model.state_dict()
         for name, tensor in alone.state_dict().items():
             # A softmax takes no notice of what all its scores have in common: rounding moves this.

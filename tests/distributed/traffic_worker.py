@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import pack
 from hasten.core.batch import PackedBatch
+from hasten.model.adapters import TrainedPart
 from hasten.model.config import TransformerConfig
 from hasten.model.transformer import Transformer
 from hasten.optim.optimizers import build_optimizer, parameter_groups
@@ -79,6 +80,7 @@ class TrafficCase:
         label_smoothing: of token scores.
         per_micro_batch: examples of a micro-batch.
         num_micro_batches: of each share of a batch.
+        frozen: patterns of weights that are not trained.
     """
 
     model: str
@@ -90,6 +92,7 @@ class TrafficCase:
     label_smoothing: float = 0.0
     per_micro_batch: int = 2
     num_micro_batches: int = 2
+    frozen: tuple[str, ...] = ()
 
     @property
     def config(self) -> TransformerConfig:
@@ -114,6 +117,7 @@ class TrafficCase:
             recompute=self.recompute,
             smooths_labels=self.label_smoothing > 0,
             optimizer=self.optimizer,
+            part=TrainedPart(tuple(self.frozen)),
         )
 
 
@@ -209,6 +213,7 @@ def run_case(case: TrafficCase, world: World) -> dict[str, list[int]]:
     )
     torch.manual_seed(0)
     model = Transformer.from_config(case.config)
+    case.shape.part.apply(model)
     for stack in model.stacks:
         stack.recompute = case.recompute
     computing: Any = nullcontext

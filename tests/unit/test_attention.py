@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.core.batch import GroupPlan, GroupSide, SequenceLayout, plan_groups
+from hasten.core.batch import GroupPlan, GroupSide, Places, SequenceLayout, plan_groups
 from hasten.model.attention import Attention, AttentionSpec, attend
 from hasten.model.config import TransformerConfig
 
@@ -248,19 +249,28 @@ def test_a_mask_first_made_in_inference_serves_training_too():
 # Groups
 
 
-def rows_of(side: GroupSide, count: int, num_tokens: int) -> list[int]:
-    """The stream row at each position of a side, -1 where it is padding."""
-    positions = count * side.length
-    if side.rows is None:
-        assert side.start is not None and side.mask is None
-        assert side.start + positions <= num_tokens
-        return list(range(side.start, side.start + positions))
-    assert side.start is None and side.rows.shape == (positions,)
-    real = [True] * positions
-    if side.mask is not None:
-        assert side.mask.shape == (count, 1, 1, side.length) and not side.mask.all()
-        real = side.mask.flatten().tolist()
-    return [row if keep else -1 for row, keep in zip(side.rows.tolist(), real, strict=True)]
+def rows_of(
+    places: Places | None, sides: list[tuple[int, GroupSide]], num_tokens: int
+) -> list[list[int]]:
+    """For each group the stream row at each position of a side, -1 where it is padding."""
+    sizes = [count * side.length for count, side in sides]
+    real: list[bool] = []
+    for count, side in sides:
+        if side.mask is None:
+            real += [True] * (count * side.length)
+        else:
+            assert side.mask.shape == (count, 1, 1, side.length) and not side.mask.all()
+            real += side.mask.flatten().tolist()
+    if places is None:
+        assert all(real) and len(real) == num_tokens
+        rows = list(range(num_tokens))
+    else:
+        rows = places.rows.tolist()
+        assert [rows[i] for i in places.restore.tolist()] == list(range(num_tokens))
+        assert not all(real) or rows != sorted(rows)
+    kept = [row if keep else -1 for row, keep in zip(rows, real, strict=True)]
+    ends = np.cumsum(sizes).tolist()
+    return [kept[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def sequences_of(rows: list[int], count: int) -> list[list[int]]:
@@ -280,10 +290,9 @@ def assert_every_token_once(plan: GroupPlan, asking: list[int], looked_at: list[
     queries, keys = SequenceLayout.from_lengths(asking), SequenceLayout.from_lengths(looked_at)
     starts, other_starts = queries.offsets.tolist(), keys.offsets.tolist()
     assert sum(group.count for group in plan.groups) == len(asking)
-    rows: list[int] = []
-    for group in plan.groups:
-        mine = rows_of(group.queries, group.count, sum(asking))
-        theirs = rows_of(group.keys, group.count, sum(looked_at))
+    asked = rows_of(plan.queries, [(g.count, g.queries) for g in plan.groups], sum(asking))
+    looked = rows_of(plan.keys, [(g.count, g.keys) for g in plan.groups], sum(looked_at))
+    for group, mine, theirs in zip(plan.groups, asked, looked, strict=True):
         assert group.queries.length == max(map(len, sequences_of(mine, group.count)))
         assert group.keys.length == max(map(len, sequences_of(theirs, group.count)))
         for own, other in zip(
@@ -292,12 +301,8 @@ def assert_every_token_once(plan: GroupPlan, asking: list[int], looked_at: list[
             number = starts.index(own[0])
             assert own == list(range(starts[number], starts[number + 1]))
             assert other == list(range(other_starts[number], other_starts[number + 1]))
-        rows += mine
+    rows = [row for mine in asked for row in mine]
     assert plan.num_positions == len(rows)
-    if plan.restore is None:
-        assert rows == list(range(sum(asking)))
-    else:
-        assert [rows[i] for i in plan.restore.tolist()] == list(range(sum(asking)))
     assert sorted(row for row in rows if row >= 0) == list(range(sum(asking)))
 
 
@@ -321,9 +326,9 @@ def test_the_groups_of_two_streams_pair_each_sequence_with_its_own_source(
 def test_equal_pairs_of_lengths_are_views_of_both_streams():
     plan = plan_of([3] * 5, [8] * 5)
     (group,) = plan.groups
-    assert (group.count, plan.restore) == (5, None)
-    assert (group.queries.start, group.queries.length, group.queries.mask) == (0, 3, None)
-    assert (group.keys.start, group.keys.length, group.keys.mask) == (0, 8, None)
+    assert (group.count, plan.queries, plan.keys) == (5, None, None)
+    assert (group.queries.length, group.queries.mask) == (3, None)
+    assert (group.keys.length, group.keys.mask) == (8, None)
 
 
 def test_sources_that_differ_much_are_not_padded_to_one_another():
@@ -339,18 +344,13 @@ def test_sources_that_differ_much_are_not_padded_to_one_another():
 def test_equal_lengths_are_one_view_without_a_copy():
     plan = plan_of([64] * 12)
     (group,) = plan.groups
-    side = group.queries
-    assert (side.start, side.rows, side.mask, plan.restore) == (0, None, None, None)
+    assert (group.queries.mask, plan.queries, plan.keys) == (None, None, None)
 
 
 def test_sorted_lengths_are_views_where_they_are_far_apart():
     plan = plan_of([8] * 40 + [300] * 4 + [500] * 4)
-    assert [(g.count, g.queries.length, g.queries.start) for g in plan.groups] == [
-        (40, 8, 0),
-        (4, 300, 320),
-        (4, 500, 1520),
-    ]
-    assert plan.restore is None
+    assert [(g.count, g.queries.length) for g in plan.groups] == [(40, 8), (4, 300), (4, 500)]
+    assert plan.queries is None
 
 
 def test_very_different_lengths_are_not_padded_to_one_another():

@@ -121,9 +121,10 @@ def test_positions_are_counted_in_all_streams():
 
 
 def test_sequences_look_at_their_own_source():
-    (group,) = with_source([3, 3], [5, 9]).source_plan.groups
+    plan = with_source([3, 3], [5, 9]).source_plan
+    (group,) = plan.groups
     assert (group.queries.length, group.keys.length) == (3, 9)
-    assert group.queries.rows is None and group.keys.mask is not None
+    assert plan.queries is None and group.keys.mask is not None
     assert group.keys.mask.flatten(1).sum(1).tolist() == [5, 9]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from builders import Recorder, write_labelled
 from hasten.config.load import build_config, config_to_yaml
@@ -268,6 +269,8 @@ def test_adapters_are_saved_merged(config, bert: Path, tmp_path: Path):
     assert measured["loss"] == pytest.approx(result["test"]["loss"], rel=1e-5)
     counted = sum(p.numel() for p in found.saved.model.parameters())
     assert result["training"]["num_parameters"] == counted
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert result["training"]["num_trained"] == sum(t.numel() for t in adapter.values()) < counted
     plain = load_pretrained(bert, head="classification").model
     name = "encoder.blocks.1.attention.query.weight"
     assert not torch.equal(weights(tmp_path / "run")[name], plain.get_parameter(name))

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from builders import pack, random_sequences
 from hasten.core.batch import PackedBatch
+from hasten.model.adapters import AdapterSettings, TrainedPart
 from hasten.model.config import TransformerConfig
 from hasten.model.heads import TokenOutputs
 from hasten.model.token_loss import linear_cross_entropy_sum
@@ -186,6 +187,26 @@ def test_weights_gradients_and_optimizer_are_exact(name: str):
     assert use.optimizer == pytest.approx(kept, abs=4 * len(states))  # rows and columns, rounded
     # What a step holds for a moment, for which few tokens leave room.
     assert peak_of(optimizer.step) <= use.working * 1.02
+
+
+PARTS = {
+    "frozen": TrainedPart(("embedding", "*.up")),
+    "lora": TrainedPart(adapter=AdapterSettings("lora", 3, 6.0)),
+    "dora": TrainedPart(adapter=AdapterSettings("dora", 2, 4.0, targets=("query", "down"))),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_frozen_has_weights_alone(name: str):
+    config = TransformerConfig(**{**SIZES, "head": "classification", "num_labels": 3})
+    model, part = Transformer.from_config(config), PARTS[name]
+    part.apply(model)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    use = memory_use(config, Layout(), Load(64, 64, (8,), averages=True, part=part))
+    assert use.weights == sum(p.nbytes for p in model.parameters())
+    assert use.gradients == use.copies == trained < use.weights
+    assert use.optimizer == 2 * trained
+    assert use.built == use.weights
 
 
 def test_shares_of_weights_add_up():

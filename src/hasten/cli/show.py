@@ -80,7 +80,7 @@ def verdict_text(result: Mapping[str, Any]) -> str:
     early = ", stopped early" if facts["stopped_early"] else ""
     best = f"; best model from step {facts['best_step']:,}" if facts["best_step"] else ""
     parts.append(
-        f"trained {facts['num_parameters']:,} parameters for {facts['epochs']:.1f} epochs "
+        f"trained {_trained(facts)} parameters for {facts['epochs']:.1f} epochs "
         f"({count(facts['steps'], 'step')}{early}) in {duration(facts['seconds'])}: "
         f"{facts['tokens_per_second']:,.0f} tokens/s, "
         f"padding {facts['padding_fraction']:.2%} of the positions in linear layers, "
@@ -94,6 +94,11 @@ def verdict_text(result: Mapping[str, Any]) -> str:
     parts.append(f"run folder: {run}")
     parts.append(f"try it: hasten predict {shlex.quote(str(run))} {_try(result)}")
     return "\n".join(parts)
+
+
+def _trained(facts: Mapping[str, Any]) -> str:
+    trained, total = facts["num_trained"], facts["num_parameters"]
+    return f"{total:,}" if trained == total else f"{trained:,} of {total:,}"
 
 
 def _try(result: Mapping[str, Any]) -> str:

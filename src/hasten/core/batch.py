@@ -34,15 +34,10 @@ class GroupSide:
 
     Attributes:
         length: length L of the longest of the sequences.
-        start: the first token in the stream where the rectangle is a plain view (equal lengths,
-            neighbours in the stream); None where it must be gathered.
-        rows: (B * L,) stream row of each position, padding pointing to row 0; None for a view.
         mask: (B, 1, 1, L) bool, True at real positions; None where nothing is padded.
     """
 
     length: int
-    start: int | None
-    rows: Tensor | None
     mask: Tensor | None
 
 
@@ -63,17 +58,31 @@ class SequenceGroup:
 
 
 @dataclass(frozen=True)
-class GroupPlan:
-    """The groups of a layout and how their outputs return to stream order.
+class Places:
+    """Where the tokens of a stream stand in the rectangles of all groups, laid end to end.
 
     Attributes:
-        groups: the groups, whose query positions are concatenated in this order.
-        restore: (N,) row of each query token in that concatenation; None where it is the
-            identity.
+        rows: (P,) stream row of each position, padding pointing to row 0.
+        restore: (N,) position of each token.
+    """
+
+    rows: Tensor
+    restore: Tensor
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The groups of a layout and how streams get into and out of them.
+
+    Attributes:
+        groups: the groups; their rectangles are laid end to end in this order.
+        queries: of the stream that asks; None where its order is that of the groups, unpadded.
+        keys: likewise of the stream that is looked at.
     """
 
     groups: tuple[SequenceGroup, ...]
-    restore: Tensor | None
+    queries: Places | None
+    keys: Places | None
 
     @property
     def num_positions(self) -> int:
@@ -293,40 +302,38 @@ def plan_groups(queries: SequenceLayout, keys: SequenceLayout) -> GroupPlan:
         keys: the stream that is looked at, sequence for sequence; may be the same.
     """
     assert len(queries.lengths) == len(keys.lengths)
-    device = queries.offsets.device
     asking = np.asarray(queries.lengths, dtype=np.int64)
     looked_at = np.asarray(keys.lengths, dtype=np.int64)
-    starts = np.cumsum(asking) - asking
-    groups: list[SequenceGroup] = []
-    restore = np.empty(int(asking.sum()), dtype=np.int64)
-    base = 0
-    for members in _like_lengths(asking, looked_at):
-        length = int(asking[members].max())
+    members = _like_lengths(asking, looked_at)
+    own, places = _sides(asking, members, queries.offsets.device)
+    others, other_places = own, places
+    if keys is not queries:
+        others, other_places = _sides(looked_at, members, keys.offsets.device)
+    groups = tuple(map(SequenceGroup, map(len, members), own, others))
+    return GroupPlan(groups, places, other_places)
+
+
+def _sides(
+    sizes: np.ndarray, groups: list[np.ndarray], device: torch.device
+) -> tuple[list[GroupSide], Places | None]:
+    """Returns a stream's part of each group, and where its tokens stand in them."""
+    starts = np.cumsum(sizes) - sizes
+    sides: list[GroupSide] = []
+    rows: list[np.ndarray] = []
+    for members in groups:
+        length = int(sizes[members].max())
         positions = np.arange(length)
-        real = positions[None, :] < asking[members][:, None]
-        restore[(starts[members][:, None] + positions[None, :])[real]] = base + np.flatnonzero(real)
-        base += len(members) * length
-        side = _group_side(asking, members, device)
-        other = side if keys is queries else _group_side(looked_at, members, device)
-        groups.append(SequenceGroup(len(members), side, other))
-    identity = base == len(restore) and bool((restore == np.arange(base)).all())
-    return GroupPlan(tuple(groups), None if identity else _tensor(restore, device))
-
-
-def _group_side(sizes: np.ndarray, members: np.ndarray, device: torch.device) -> GroupSide:
-    starts = (np.cumsum(sizes) - sizes)[members]
-    length = int(sizes[members].max())
-    positions = np.arange(length)
-    real = positions[None, :] < sizes[members][:, None]
-    is_whole = bool(real.all())
-    is_view = is_whole and bool((np.diff(starts) == length).all())
-    rows = np.where(real, starts[:, None] + positions[None, :], 0).reshape(-1)
-    return GroupSide(
-        length=length,
-        start=int(starts[0]) if is_view else None,
-        rows=None if is_view else _tensor(rows, device),
-        mask=None if is_whole else _tensor(real[:, None, None, :], device),
-    )
+        real = positions[None, :] < sizes[members][:, None]
+        mask = None if real.all() else _tensor(real[:, None, None, :], device)
+        sides.append(GroupSide(length, mask))
+        rows.append(np.where(real, starts[members][:, None] + positions[None, :], -1).reshape(-1))
+    rows_P = np.concatenate(rows)
+    taken = np.flatnonzero(rows_P >= 0)
+    if len(taken) == len(rows_P) and bool((rows_P == np.arange(len(rows_P))).all()):
+        return sides, None
+    restore_N = np.empty(len(taken), dtype=np.int64)
+    restore_N[rows_P[taken]] = taken
+    return sides, Places(_tensor(rows_P.clip(0), device), _tensor(restore_N, device))
 
 
 def _like_lengths(asking: np.ndarray, looked_at: np.ndarray) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.core.errors import UsageError, nearest
-from hasten.model.freezing import always_trained
+from hasten.model.freezing import always_trained, freeze
 from hasten.model.layers import drop_elements
 from hasten.model.transformer import Transformer
 
@@ -59,6 +59,32 @@ class AdapterSettings:
     def scale(self) -> float:
         """The factor s."""
         return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """Which of a model's weights are trained: all, unless it says otherwise.
+
+    Attributes:
+        frozen: patterns of names, see ``freeze``.
+        adapter: what matrices get beside them; None for nothing.
+    """
+
+    frozen: tuple[str, ...] = ()
+    adapter: AdapterSettings | None = None
+
+    def apply(self, model: Transformer) -> None:
+        """Adds adapters and freezes what is not trained, in place.
+
+        Raises:
+            UsageError: see ``add_adapters`` and ``freeze``.
+        """
+        if self.adapter is not None:
+            add_adapters(model, self.adapter)
+        freeze(model, self.frozen)
+
+
+WHOLE = TrainedPart()
 
 
 class AdaptedLinear(nn.Linear):

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten.core.batch import GroupPlan, GroupSide, SequenceGroup, SequenceLayout
+from hasten.core.batch import GroupPlan, Places, SequenceGroup, SequenceLayout
 from hasten.model.config import TransformerConfig
 from hasten.model.layers import drop_elements
 from hasten.model.positions import Rotary, apply_rotary
+from hasten.model.short_attention import attend_short, is_short
 
 Biases = tuple[Tensor, ...]
 """For each group (H, L, T), added to the scores."""
@@ -195,29 +196,40 @@ def attend(
         (N, H, C), row n being the values of n's sequence weighted by
         ``softmax(scale * q_n . k + bias)`` (Vaswani et al. 2017, equation 1).
     """
+    sizes = [(g.count * g.queries.length, g.count * g.keys.length) for g in plan.groups]
+    asking, looked_at = map(list, zip(*sizes, strict=True))
+    pieces = zip(
+        _into_groups(q_NHC, plan.queries).split(asking),
+        _into_groups(k_MKC, plan.keys).split(looked_at),
+        _into_groups(v_MKC, plan.keys).split(looked_at),
+        strict=True,
+    )
     outputs = [
-        _attend_group(q_NHC, k_MKC, v_MKC, group, spec, None if biases is None else biases[i])
-        for i, group in enumerate(plan.groups)
+        _attend_group(*qkv, group, spec, None if biases is None else biases[i])
+        for i, (group, qkv) in enumerate(zip(plan.groups, pieces, strict=True))
     ]
     out_PHC = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if plan.restore is None:
+    if plan.queries is None:
         return out_PHC
-    return _Ungather.apply(out_PHC, plan.restore)
+    return _Ungather.apply(out_PHC, plan.queries.restore)
+
+
+def _into_groups(x: Tensor, places: Places | None) -> Tensor:
+    """Returns a stream (N, heads, C) in the order of the groups' rectangles, (P, heads, C)."""
+    return x if places is None else _Gather.apply(x, places.rows, places.restore)
 
 
 def _attend_group(
-    q_NHC: Tensor,
-    k_MKC: Tensor,
-    v_MKC: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     group: SequenceGroup,
     spec: AttentionSpec,
     bias_HLT: Tensor | None,
 ) -> Tensor:
-    """Returns (B * L, H, C) for the sequences of one group, rows of padding holding junk."""
-    q_BHLC = _take(q_NHC, group.queries, group.count)
-    k_BKTC = _take(k_MKC, group.keys, group.count)
-    v_BKTC = _take(v_MKC, group.keys, group.count)
-    mask = _mask_of(group, spec, q_NHC.device)
+    """Maps (B * L, H, C) and twice (B * T, K, C) to (B * L, H, C); rows of padding are junk."""
+    q_BHLC, k_BKTC, v_BKTC = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (q, k, v))
+    mask = _mask_of(group, spec, q.device)
     out_BHLC = attend_dense(q_BHLC, k_BKTC, v_BKTC, mask, spec, bias_HLT)
     return out_BHLC.transpose(1, 2).flatten(0, 1)
 
@@ -261,6 +273,10 @@ def attend_dense(
             mask = near_mask(q_BHLC.shape[2], 0, True, q_BHLC.device)
         # What is seen and what is added are one mask of numbers.
         mask = bias.to(q_BHLC.dtype) if mask is None else _hidden(bias.to(q_BHLC.dtype), mask)
+    if bias is None and not spec.softcap and is_short(q_BHLC, k_BKTC):
+        if mask is None and spec.causal:
+            mask = near_mask(q_BHLC.shape[2], 0, True, q_BHLC.device)
+        return attend_short(q_BHLC, k_BKTC, v_BKTC, mask, spec.scale, spec.dropout)
     if spec.softcap or (spec.dropout and q_BHLC.device.type == "cpu"):
         return _attend_explicitly(q_BHLC, k_BKTC, v_BKTC, mask, spec)
     return F.scaled_dot_product_attention(
@@ -315,38 +331,23 @@ def is_near(distances: Tensor, window: int, causal: bool) -> Tensor:
     return seen & (distances < window) if window else seen
 
 
-def _take(x: Tensor, side: GroupSide, count: int) -> Tensor:
-    """Returns a side's rectangle (B, heads, length, C) of a stream (N, heads, C)."""
-    if side.rows is None:
-        taken = x.narrow(0, side.start or 0, count * side.length)
-    else:
-        taken = _Gather.apply(x, side.rows, side.mask)
-    return taken.unflatten(0, (count, side.length)).transpose(1, 2)
-
-
 class _Gather(torch.autograd.Function):
     """Rows of a stream, padding repeating row 0.
 
     The backward of ``index_select`` adds row by row, many times slower than this on CPU. Here
     every real row is taken once, and a padded position's gradient is exactly zero (its key is
-    masked and its output is dropped), so assigning the real rows is the whole gradient.
+    masked and its output is dropped), so taking the real rows back is the whole gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, mask)
-        ctx.num_rows = len(x)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, restore: Tensor) -> Tensor:
+        ctx.save_for_backward(restore)
         return x.index_select(0, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        rows, mask = ctx.saved_tensors
-        grad = grads[0]
-        if mask is not None:
-            real = mask.flatten()
-            rows, grad = rows[real], grad[real]
-        out = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
-        return out.index_copy_(0, rows, grad), None, None
+        (restore,) = ctx.saved_tensors
+        return grads[0].index_select(0, restore), None, None
 
 
 class _Ungather(torch.autograd.Function):

@@ -112,20 +112,30 @@ class Dropout(nn.Module):
 
 
 def drop_elements(x: Tensor, rate: float) -> Tensor:
-    """Zeroes elements of a tensor at ``rate`` and scales the others by 1 / (1 - rate).
+    """Zeroes elements of a tensor at ``rate`` and scales the others by 1 / (1 - rate)."""
+    if _dropped(rate) == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, rate, training=True)
+    return x * kept_elements(x, rate)
+
+
+def kept_elements(x: Tensor, rate: float) -> Tensor:
+    """Returns what ``drop_elements`` multiplies elements by on a CPU: 0 or 1 / (1 - rate).
 
     PyTorch's own draws one number an element on one CPU thread, up to a sixth of a training step;
     here each draw of 64 bits serves four elements, so the rate is exact to 1 / 65,536.
     """
-    dropped = min(round(rate * 65536), 65535)
-    if dropped == 0:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, rate, training=True)
+    dropped = _dropped(rate)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)
     keep = (uniform >= dropped - 32768).to(x.dtype)
-    return x * keep.mul_(65536 / (65536 - dropped))
+    return keep.mul_(65536 / (65536 - dropped))
+
+
+def _dropped(rate: float) -> int:
+    """Returns how many of 65,536 draws drop an element."""
+    return min(round(rate * 65536), 65535)
 
 
 class StochasticDepth(nn.Module):

@@ -37,7 +37,8 @@ last micro-batch only. Blocks that are computed again in the backward pass send 
 forward sent. Muon orthogonalises whole matrices and gathers their gradients once a step. Label
 smoothing sums m N D more where the vocabulary is split, and a pipeline the gradient of a tied
 weight. Sharding pads the first dimension of each weight to a multiple. Two sums of scalars close a
-step.
+step. Frozen weights are gathered and have no gradients; the lowest blocks, where all of their
+weights are frozen, are not needed in the backward pass and gathered less often than counted here.
 
 Left out: what the first two steps settle (DistributedDataParallel's buckets, a pipeline's way);
 evaluations, checkpoints and the loop's own agreements, which do not happen in each step.
@@ -52,6 +53,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from hasten.model.adapters import WHOLE, TrainedPart
 from hasten.model.config import TransformerConfig
 from hasten.model.stages import TIED_NAME
 from hasten.parallel.layout import Layout
@@ -75,6 +77,7 @@ class StepShape:
         smooths_labels: whether the loss of token scores has label smoothing.
         optimizer: its name.
         schedule: of a pipeline.
+        part: which weights are trained.
     """
 
     tokens: int
@@ -86,6 +89,7 @@ class StepShape:
     smooths_labels: bool = False
     optimizer: str = "adamw"
     schedule: str = "1f1b"
+    part: TrainedPart = WHOLE
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def step_traffic(
     """
     if layout.size == 1:
         return Traffic(())
-    held = held_model(config, layout, shape.schedule, stage_rank)
+    held = held_model(config, layout, shape.schedule, stage_rank, shape.part)
     found = _Step(config, layout, shape, held)
     parts = (
         _of_weights(found),
@@ -245,7 +249,7 @@ def _of_weights(step: _Step) -> Iterator[Message]:
     layout, shape, weights = step.layout, step.shape, step.held.weights
     num_copies = layout.replicate * step.shard
     if not step.is_sharded:
-        size = sum(math.prod(w.shape) for w in weights) * shape.weight_bytes
+        size = sum(math.prod(w.shape) for w in weights if w.is_trained) * shape.weight_bytes
         if layout.pipeline > 1:
             for axis, n in (("replicate", layout.replicate), ("shard", step.shard)):
                 yield Message("all_reduce", axis, "gradients", n, size, 1)
@@ -253,12 +257,14 @@ def _of_weights(step: _Step) -> Iterator[Message]:
         yield Message("all_reduce", "replicate", "gradients", num_copies, size, 1)
         return
     for block in dict.fromkeys(w.block for w in weights):
-        size = sum(padded_size(w.shape, step.shard) for w in weights if w.block == block)
-        size *= shape.weight_bytes
+        own = [w for w in weights if w.block == block]
+        size = sum(padded_size(w.shape, step.shard) for w in own) * shape.weight_bytes
+        trained = [w for w in own if w.is_trained]
+        summed = sum(padded_size(w.shape, step.shard) for w in trained) * shape.weight_bytes
         times = shape.num_micro_batches * (2 if block else 1) if layout.pipeline == 1 else 1
         yield Message("all_gather", "shard", "weights", step.shard, size, times)
-        yield Message("reduce_scatter", "shard", "gradients", step.shard, size, 1)
-        part = size // step.shard
+        yield Message("reduce_scatter", "shard", "gradients", step.shard, summed, 1)
+        part = summed // step.shard
         yield Message("all_reduce", "replicate", "gradients", layout.replicate, part, 1)
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 
+from hasten.model.adapters import WHOLE, TrainedPart
 from hasten.model.config import TransformerConfig
 from hasten.model.sharing import Role, declare_roles
 from hasten.model.stages import TIED_NAME, stage_costs
@@ -37,6 +38,7 @@ class HeldWeight:
         split_dim: the dimension that is split; None where each has the whole.
         block: name of the block that it belongs to; empty for none.
         is_norm: whether it belongs to a norm of divided rows, of whose gradient each has a summand.
+        is_trained: whether it has a gradient.
     """
 
     name: str
@@ -45,6 +47,7 @@ class HeldWeight:
     split_dim: int | None
     block: str
     is_norm: bool
+    is_trained: bool
 
     @property
     def is_matrix_of_block(self) -> bool:
@@ -80,7 +83,11 @@ def padded_size(shape: tuple[int, ...], num_parts: int, dim: int = 0) -> int:
 
 
 def held_model(
-    config: TransformerConfig, layout: Layout, schedule: str = "1f1b", stage_rank: int = 0
+    config: TransformerConfig,
+    layout: Layout,
+    schedule: str = "1f1b",
+    stage_rank: int = 0,
+    part: TrainedPart = WHOLE,
 ) -> HeldModel:
     """Returns what one process holds, before weights are sharded.
 
@@ -89,8 +96,9 @@ def held_model(
         layout: of the processes.
         schedule: of a pipeline.
         stage_rank: place of the process in its pipeline.
+        part: which weights are trained.
     """
-    model = _without_memory(config)
+    model = _without_memory(config, part)
     roles = declare_roles(model)
     own, first, last, stages = _own_blocks(config, layout, schedule, stage_rank)
     weights, num_blocks = [], [0, 0]
@@ -108,16 +116,26 @@ def held_model(
         if dim is not None:
             shape[dim] = -(-shape[dim] // layout.tensor)
         weights.append(
-            HeldWeight(name, tuple(shape), tuple(parameter.shape), dim, block, role in _NORMS)
+            HeldWeight(
+                name,
+                tuple(shape),
+                tuple(parameter.shape),
+                dim,
+                block,
+                role in _NORMS,
+                parameter.requires_grad,
+            )
         )
     return HeldModel(tuple(weights), (num_blocks[0], num_blocks[1]), first, last, stages)
 
 
 @lru_cache(maxsize=8)
-def _without_memory(config: TransformerConfig) -> Transformer:
+def _without_memory(config: TransformerConfig, part: TrainedPart) -> Transformer:
     """Returns a model to look at; many layouts may be asked about."""
     with torch.device("meta"):
-        return Transformer.from_config(config)
+        model = Transformer.from_config(config)
+        part.apply(model)
+    return model
 
 
 def _split_dim(role: Role | None, kind: str) -> int | None:

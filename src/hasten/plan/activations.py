@@ -120,28 +120,7 @@ def _with_layers(
 
 @lru_cache(maxsize=64)
 def _held(config: TransformerConfig, batch: MicroBatch) -> int:
-    """Returns the peak of a forward and backward pass.
-
-    Backward passes over padded groups select rows by their mask, of which fake tensors know no
-    number; so sequences of one length go both ways, and those of many only forward.
-    """
-    equal = dataclasses.replace(
-        batch,
-        lengths=_evened(batch.lengths),
-        source_lengths=_evened(batch.source_lengths),
-    )
-    held = _run(config, equal, backward=True)
-    if equal == batch:
-        return held
-    added = _run(config, batch, backward=False) - _run(config, equal, backward=False)
-    return held + max(0, added)
-
-
-def _evened(lengths: tuple[int, ...]) -> tuple[int, ...]:
-    return (max(1, round(sum(lengths) / max(1, len(lengths)))),) * len(lengths)
-
-
-def _run(config: TransformerConfig, batch: MicroBatch, *, backward: bool) -> int:
+    """Returns the peak of a forward and backward pass."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = Transformer.from_config(config).train()
         for parameter in model.parameters():
@@ -156,8 +135,7 @@ def _run(config: TransformerConfig, batch: MicroBatch, *, backward: bool) -> int
         with _Held(known) as held:
             with torch.autocast("cpu", dtype=dtype, enabled=is_low):
                 loss = _loss(model(given), batch.label_smoothing)
-            if backward:
-                loss.backward()
+            loss.backward()
     near_mask.cache_clear()  # a fake one must not be met again
     return held.peak
 

@@ -28,6 +28,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from hasten.model.adapters import WHOLE, TrainedPart
 from hasten.model.config import TransformerConfig
 from hasten.optim.optimizers import default_settings
 from hasten.parallel.layout import Layout
@@ -58,6 +59,7 @@ class Load:
         averages: whether averaged weights are kept.
         keeps_best: whether the best model so far is.
         schedule: of a pipeline.
+        part: which weights are trained.
     """
 
     tokens_per_step: int
@@ -72,6 +74,7 @@ class Load:
     averages: bool = False
     keeps_best: bool = False
     schedule: str = "1f1b"
+    part: TrainedPart = WHOLE
 
     def step_shape(self, config: TransformerConfig, layout: Layout) -> StepShape:
         """Returns what a step of average size is in one process."""
@@ -88,6 +91,7 @@ class Load:
             smooths_labels=bool(self.label_smoothing),
             optimizer=self.optimizer,
             schedule=self.schedule,
+            part=self.part,
         )
 
     def micro_batch(self, config: TransformerConfig, layout: Layout) -> MicroBatch:
@@ -152,27 +156,29 @@ def memory_use(config: TransformerConfig, layout: Layout, load: Load) -> MemoryU
         load: what the run asks of them.
     """
     assert layout.pipeline == 1, layout
-    weights, num_shards = held_model(config, layout).weights, layout.shard * layout.context
-    shapes = [padded_size(w.shape, num_shards) // num_shards for w in weights]
-    own = sum(shapes) * _BYTES
+    weights, num_shards = (
+        held_model(config, layout, part=load.part).weights,
+        layout.shard * layout.context,
+    )
+    shapes = {w: padded_size(w.shape, num_shards) // num_shards for w in weights}
+    own = sum(shapes.values()) * _BYTES
+    moved = tuple(w for w in weights if w.is_trained)
+    trained = sum(shapes[w] for w in moved) * _BYTES
     in_blocks = Counter[str]()
     for weight in weights:
         in_blocks[weight.block] += math.prod(weight.shape) * _BYTES
     rest, block = in_blocks.pop("", 0), max(in_blocks.values(), default=0)
     is_gathered = num_shards > 1
-    buckets = own if layout.has_whole_weights and layout.replicate * layout.context > 1 else 0
+    buckets = trained if layout.has_whole_weights and layout.replicate * layout.context > 1 else 0
     on_device = load.device_type == "cpu" or not layout.has_whole_weights
     built = sum(math.prod(w.whole_shape) for w in weights) * _BYTES
     return MemoryUse(
         weights=own,
-        gradients=own,
-        optimizer=sum(
-            int(_moments(load, weight) * size * _BYTES)
-            for weight, size in zip(weights, shapes, strict=True)
-        ),
-        copies=own * (load.averages + (load.keeps_best and on_device)),
+        gradients=trained,
+        optimizer=sum(int(_moments(load, w) * shapes[w] * _BYTES) for w in moved),
+        copies=trained * load.averages + own * (load.keeps_best and on_device),
         gathered=is_gathered * (_GATHERED_REST * rest + _GATHERED_BLOCK * block),
-        working=max(_activations(config, layout, load), _stepping(load, weights, own), buckets),
+        working=max(_activations(config, layout, load), _stepping(load, moved, trained), buckets),
         built=built,
     )
 

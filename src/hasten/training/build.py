@@ -49,7 +49,7 @@ from hasten.plan.portable import check_portable, choose_portable, portable_optio
 from hasten.plan.probe import choose_precision
 from hasten.plan.spread import Spread, choose_spread
 from hasten.task.contract import Task
-from hasten.training.fine_tuning import check_fine_tuning, prepare_fine_tuning
+from hasten.training.fine_tuning import check_fine_tuning, prepare_fine_tuning, trained_part
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer
@@ -183,6 +183,7 @@ def _load(plan: Plan) -> Load:
         averages=settled(config.train.ema_decay) > 0,
         keeps_best=len(plan.data.splits["validation"]) > 0,
         schedule=config.parallel.schedule,
+        part=trained_part(config.finetune),
     )
 
 

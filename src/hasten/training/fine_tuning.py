@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from hasten.config.schema import FinetuneConfig
 from hasten.core.errors import UsageError
-from hasten.model.adapters import AdapterSettings, add_adapters
-from hasten.model.freezing import count_trained, freeze, is_none
+from hasten.model.adapters import AdapterSettings, TrainedPart
+from hasten.model.freezing import count_trained, is_none
 from hasten.model.transformer import Transformer
 from hasten.parallel.layout import Layout
 
@@ -59,15 +59,17 @@ def check_fine_tuning(
         )
 
 
+def trained_part(config: FinetuneConfig) -> TrainedPart:
+    """Returns which weights are trained."""
+    return TrainedPart(tuple(config.freeze), adapter_settings(config))
+
+
 def prepare_fine_tuning(model: Transformer, config: FinetuneConfig) -> str:
     """Freezes what is not to be trained, and adds adapters, in place; says how much is left.
 
     Raises:
         UsageError: see ``freeze`` and ``add_adapters``.
     """
-    settings = adapter_settings(config)
-    if settings is not None:
-        add_adapters(model, settings)
-    freeze(model, config.freeze)
+    trained_part(config).apply(model)
     trained, total = count_trained(model)
     return f"trained: {trained:,} of {total:,} weights, {trained / total:.2%}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hasten.config.schema import settled
@@ -24,6 +25,7 @@ from hasten.training.inherited import read_inherited
 from hasten.training.loop import Loop
 from hasten.training.planned import Plan
 from hasten.training.saved import SavedModel, save_model, writable_as
+from hasten.training.step import Parts
 
 
 def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
@@ -75,9 +77,19 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
         )
     result["training"] = {
         "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "num_trained": _count_trained(parts),
         **_training_facts(loop, plan),
     }
     return result
+
+
+def _count_trained(parts: Parts) -> int:
+    """Returns how many numbers were trained, those of adapters included; all processes at once."""
+    own = sum(p.numel() for p in parts.parallel.counted_parameters() if p.requires_grad)
+    ranks = parts.parallel.ranks
+    # Each process of a stage counts what the whole stage has.
+    total = ranks.sum(torch.tensor(own, dtype=torch.float64, device=parts.device))
+    return round(total.item() / ranks.stage_size)
 
 
 def _save_adapter(
