@@ -32,7 +32,9 @@ _FREE_KEYS = frozenset(
 _DROPOUTS = ("dropout", "attention_dropout", "head_dropout")
 _LONGEST = 512  # tokens that sequences are cut to where the model takes more
 _EPOCHS = ((2_000, 10.0), (10_000, 5.0), (100_000, 3.0), (float("inf"), 2.0))
-_STEP_EXAMPLES, _STEP_TOKENS, _MIN_STEPS_PER_EPOCH = 10, (256, 8192), 100
+_STEP_EXAMPLES, _MIN_STEPS_PER_EPOCH = 10, 100
+# At fewer than the second a CPU multiplies well below its rate; the first is for little data.
+_LEAST_TOKENS, _STEP_TOKENS, _MOST_TOKENS = 256, 512, 8192
 _SELDOM = 20  # times that a row of an embedding is seen in a run, on average
 _RATE, _WIDTH = 1e-4, 384  # the width at which the rate was chosen
 _ADAPTER_RATE = 10.0
@@ -141,10 +143,11 @@ def _choices(
     if config.train.epochs != "auto":
         epochs = config.train.epochs
     yield from _dropouts(architecture, epochs)
-    least, most = _STEP_TOKENS
-    wanted = _STEP_EXAMPLES * facts.num_tokens // facts.num_examples
-    per_step = max(least, min(most, wanted, facts.num_tokens // _MIN_STEPS_PER_EPOCH))
-    yield Choice("train.tokens_per_step", per_step, f"about {_STEP_EXAMPLES} examples")
+    wanted = max(_STEP_TOKENS, _STEP_EXAMPLES * facts.num_tokens // facts.num_examples)
+    per_step = min(_MOST_TOKENS, wanted, facts.num_tokens // _MIN_STEPS_PER_EPOCH)
+    per_step = max(_LEAST_TOKENS, per_step)
+    num_examples = max(1, round(per_step * facts.num_examples / facts.num_tokens))
+    yield Choice("train.tokens_per_step", per_step, f"about {num_examples} examples")
     yield from _frozen(config, architecture, epochs * facts.num_tokens)
     adapter, reason = config.finetune.adapter, "moves pretrained weights little"
     rate = _RATE * min(1.0, (_WIDTH / architecture.hidden_size) ** 0.5)
@@ -178,7 +181,8 @@ def _frozen(
 
     Half of a small encoder's weights are in it, and so is half of what the optimizer does in a
     step, of which few rows get a gradient. Rows that are seen move away from those of like meaning
-    that are not.
+    that are not. What is added to the embedding, and its norm, stay with it, so that no gradient is
+    needed below the first block.
     """
     seen = num_tokens / (architecture.source_vocab_size or architecture.vocab_size)
     layout = config.parallel.layout
@@ -192,4 +196,4 @@ def _frozen(
     ):
         return
     reason = f"each of its rows is seen {seen:.0f} times, too seldom to learn"
-    yield Choice("finetune.freeze", ("embedding.tokens",), reason)
+    yield Choice("finetune.freeze", ("embedding",), reason)
