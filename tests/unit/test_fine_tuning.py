@@ -19,6 +19,7 @@ from hasten.core.errors import DamagedError, MachineError, UsageError
 from hasten.model.pretrained.reading import load_pretrained
 from hasten.training.build import build_loop, plan_run
 from hasten.training.run import Run
+from hasten.training.saved import writable_as
 from hasten.training.session import plan_only, resume_run, start_run
 from pretrained_folders import SPECIAL, write_bert, write_tokenizer
 
@@ -351,8 +352,13 @@ def test_a_model_of_sentences_pools_as_it_says(config, bert: Path, tmp_path: Pat
         (folder / "1_Pooling" / "config.json").write_text(content)
         plan = plan_run(config(**{"model.pretrained": str(folder)}), Recorder())
         assert plan.architecture.pooling == pooling
-    kept = {"model.pretrained": str(folder), "model.pooling": "first"}
-    assert plan_run(config(**kept), Recorder()).architecture.pooling == "first"
+        own_head = "tanh" if mode == "cls_token" else "none"
+        assert plan.architecture.head_activation == own_head
+    # What transformers' class does, so that it can be exported.
+    kept = plan_run(
+        config(**{"model.pretrained": str(folder), "model.pooling": "first"}), Recorder()
+    )
+    assert kept.architecture.pooling == "first" and writable_as(kept.architecture) is not None
 
 
 def test_an_embedding_that_is_seen_too_seldom_stays_as_it_is(config, bert: Path, tmp_path: Path):
@@ -365,7 +371,8 @@ def test_an_embedding_that_is_seen_too_seldom_stays_as_it_is(config, bert: Path,
         assert plan.config.finetune.freeze == frozen
         model = build_loop(plan, tmp_path, recorder).parts.model
         assert model.embedding.tokens.weight.requires_grad == (not frozen)
-        assert model.embedding.norm.weight.requires_grad == (not frozen)
+        assert model.embedding.token_types.weight.requires_grad == (not frozen)
+        assert model.encoder.positions.weight.requires_grad
     assert "each of its rows is seen 19 times" in "\n".join(recorder.notes)
     for key, value in (
         ("finetune.freeze", "none"),

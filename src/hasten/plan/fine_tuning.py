@@ -181,8 +181,7 @@ def _frozen(
 
     Half of a small encoder's weights are in it, and so is half of what the optimizer does in a
     step, of which few rows get a gradient. Rows that are seen move away from those of like meaning
-    that are not. What is added to the embedding, and its norm, stay with it, so that no gradient is
-    needed below the first block.
+    that are not. Segments, which are embedded beside them, stay as they are too.
     """
     seen = num_tokens / (architecture.source_vocab_size or architecture.vocab_size)
     layout = config.parallel.layout

@@ -74,20 +74,24 @@ def export_run(run: str | Path, to: str, output: str | Path | None = None) -> Ex
     return Exported(folder, files, note)
 
 
+_OWN_POOLING = "--model.pooling first, as the pretrained model's class does,"
+
+
 def _to_huggingface(run: Run, folder: Path) -> str:
     """Copies the model folder, which is in this layout where that can be, and adds the card."""
     architecture = run.saved.model.config
+    config, data = read_folder(run.folder)
     try:
         family = family_for(architecture)
     except UsageError as error:
+        keeps_class = "--preset portable" if config.model.pretrained is None else _OWN_POOLING
         raise UsageError(
-            f"{str(error).rstrip('.')}. A run with --preset portable can be exported; ONNX takes "
+            f"{str(error).rstrip('.')}. A run with {keeps_class} can be exported; ONNX takes "
             "this one: --to onnx."
         ) from None
     for path in (run.folder / "model").iterdir():
         if path.name != OWN_FILE:
             shutil.copyfile(path, folder / path.name)
-    config, data = read_folder(run.folder)
     card = model_card(run.folder.absolute().name, config, architecture, run.result, data)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return f"{family.classes[architecture.head]} of transformers loads it"

@@ -103,7 +103,9 @@ def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> 
     family = family_of(content, str(folder / "config.json"))
     _check_task(name, family.architecture, task)
     architecture = config_of(folder, head=task.head)
-    pooling = _pooling(folder) if task.head == "classification" else None
+    # Who sets it gets the head of the model's class, which transformers can load again.
+    is_open = task.head == "classification" and "pooling" not in config.model.model_fields_set
+    pooling = _pooling(folder) if is_open else None
     if pooling is not None:
         architecture = dataclasses.replace(
             architecture, pooling=pooling, head_activation="none", head_norm=False
