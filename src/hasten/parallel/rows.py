@@ -148,7 +148,8 @@ class _Exchange(torch.autograd.Function):
             sent = x.reshape(rows, size, heads // size, width).transpose(0, 1).contiguous()
             return _all_to_all(sent, group).view(rows * size, heads // size, width)
         rows, heads, width = x.shape
-        found = _all_to_all(x.reshape(size, rows // size, heads, width), group)
+        sent = x.reshape(size, rows // size, heads, width).contiguous()
+        found = _all_to_all(sent, group)
         return found.transpose(0, 1).reshape(rows // size, size * heads, width)
 
     @staticmethod
