@@ -7,7 +7,8 @@ is some microseconds of arithmetic where sequences are short: for sequences of 2
 and backward take twice as long as here, at 64 as long. What is kept for the backward is the
 weights, (B, H, L, T), which is why long sequences do not come this way.
 
-Shapes: B sequences, H heads that ask, K heads that are looked at, L and T lengths, C head size.
+Shapes: B sequences, H heads that ask, K heads that are looked at, L and T lengths, C head size;
+Z = B K pairs of a sequence and a head that is looked at, R = H / K L rows that ask in each.
 """
 
 from __future__ import annotations
