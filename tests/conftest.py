@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from hasten.core.products import using_library
+
 # The same examples in every run: a test that fails now and then is no proof of anything.
 settings.register_profile("hasten", derandomize=True, deadline=None, database=None)
 settings.load_profile("hasten")
@@ -42,6 +44,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("own-cache")
     monkeypatch.setenv("HASTEN_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def library_put_back() -> Iterator[None]:
+    """What one test makes multiply matrices, the next does not inherit."""
+    with using_library():
+        yield
 
 
 @pytest.fixture

@@ -198,6 +198,12 @@ def test_a_process_alone_is_dealt_what_it_would_cut(lengths: np.ndarray, budget:
     assert [[p.tolist() for p in r] for r in rounds] == [[p.tolist()] for p in pieces]
 
 
+def test_neighbours_in_length_stay_together_where_there_are_many():
+    lengths = np.repeat(np.arange(10, 42), 16)
+    rounds = deal_micro_batches(np.arange(len(lengths)), lengths, 10**6, 2)
+    assert [len(set(lengths[piece].tolist())) for piece in rounds[0]] == [16, 16]
+
+
 def test_processes_without_an_example_are_dealt_empty_pieces():
     rounds = deal_micro_batches(np.array([3, 1]), np.array([5, 5, 5, 9]), 100, 4)
     assert [[p.tolist() for p in pieces] for pieces in rounds] == [[[3], [1], [], []]]

@@ -222,12 +222,23 @@ def test_what_is_measured_decides_and_what_is_asked_for_stays(
 ):
     rates = {torch.float32: 1e11, torch.bfloat16: 1e11 * factor, torch.float16: 1e11 * factor}
     monkeypatch.setattr(probe, "matrix_rate", lambda dtype, device, size: rates[dtype])
+    monkeypatch.setattr(
+        probe, "feed_forward_rate", lambda name, device, size: rates[probe.PRECISIONS[name]]
+    )
     chosen, reason, warning = probe.choose_precision(wanted, torch.device("cpu"), 64)
     assert chosen == precision and (warning is not None) == warns
     if wanted == "auto":
         assert f"{factor:g}" in reason
     if warning is not None:
         assert f"{1 / factor:.1f} times as long" in warning and wanted in warning
+
+
+def test_products_alone_do_not_choose_16_bits(monkeypatch: pytest.MonkeyPatch):
+    rates = {torch.float32: 1e11, torch.bfloat16: 3e11}
+    monkeypatch.setattr(probe, "matrix_rate", lambda dtype, device, size: rates[dtype])
+    monkeypatch.setattr(probe, "feed_forward_rate", lambda name, device, size: 1e11)
+    chosen, reason, _ = probe.choose_precision("auto", torch.device("cpu"), 64)
+    assert chosen == "float32" and "computes 1.0 times as fast" in reason
 
 
 def test_a_slow_precision_is_said_before_the_first_step(
@@ -240,7 +251,9 @@ def test_a_slow_precision_is_said_before_the_first_step(
 
 
 def test_a_rate_is_that_of_the_products():
-    rates = [probe.matrix_rate(torch.float32, torch.device("cpu"), size) for size in (32, 256)]
+    device = torch.device("cpu")
+    rates = [probe.matrix_rate(torch.float32, device, size) for size in (32, 256)]
+    rates += [probe.feed_forward_rate("float32", device, size) for size in (32, 256)]
     assert all(1e8 < rate < 1e15 for rate in rates)
 
 

@@ -81,14 +81,35 @@ def test_it_is_the_formula_and_its_gradient(
         torch.testing.assert_close(own, other)
 
 
-def test_only_short_sequences_of_a_training_step_come_this_way():
-    q, k, _ = draw(2, 2, 1, (64, 64), 4)
-    assert is_short(q, k)
-    assert not is_short(q, draw(2, 2, 1, (64, 65), 4)[1])
+def test_long_sequences_and_decoding_do_not_come_this_way():
+    q, k, _ = draw(2, 2, 1, (256, 256), 4)
+    longer = draw(2, 2, 1, (256, 257), 4)[1]
+    one, short = draw(2, 2, 1, (1, 64), 4)[:2]
+    assert is_short(q, k) and not is_short(q, longer)
+    assert is_short(one, short)  # the one token that a head asks for
     assert not is_short(q.bfloat16(), k.bfloat16())
-    assert not is_short(q.detach(), k)
     with torch.no_grad():
         assert not is_short(q, k)
+        assert is_short(short, short)
+        assert not is_short(one, short)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_computes_in_float32(dtype: torch.dtype):
+    narrow = [t.detach().to(dtype).requires_grad_() for t in draw(3, 4, 2, (7, 7), 8)]
+    wide = [t.detach().float().requires_grad_() for t in narrow]
+    with torch.autocast("cpu", dtype=dtype):
+        assert is_short(*narrow[:2])
+        found = attend_dense(*narrow, None, AttentionSpec())  # pyright: ignore
+    wanted = attend_dense(*wide, None, AttentionSpec())  # pyright: ignore
+    assert torch.equal(found, wanted)
+    weights = torch.randn_like(found)
+    for own, other in zip(
+        torch.autograd.grad(found, narrow, weights),
+        torch.autograd.grad(wanted, wide, weights),
+        strict=True,
+    ):
+        assert torch.equal(own, other.to(dtype))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -264,6 +264,11 @@ class TrainConfig(Section):
         default="auto",
         description="of matrix products; auto: the faster of float32 and bf16, measured",
     )
+    matrix_library: Literal["auto", "default", "onednn"] = Field(
+        default="auto",
+        description="what multiplies float32 matrices on a CPU: torch's own choice or oneDNN, "
+        "equally exact; auto: the faster, measured",
+    )
     recompute: bool = Field(
         default=False,
         description="compute what is inside a block again for its backward: less memory, more time",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hasten.core.batch import GroupPlan, Places, SequenceGroup, SequenceLayout
 from hasten.model.config import TransformerConfig
-from hasten.model.layers import drop_elements
+from hasten.model.layers import RMSNorm, drop_elements
 from hasten.model.positions import Rotary, apply_rotary
 from hasten.model.short_attention import attend_short, is_short
 
@@ -85,8 +85,8 @@ class Attention(nn.Module):
         bias = config.bias if config.output_bias is None else config.output_bias
         self.output = nn.Linear(size, config.hidden_size, bias=bias)
         epsilon = config.norm_epsilon
-        self.query_norm = nn.RMSNorm(self.head_size, eps=epsilon) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_size, eps=epsilon) if config.qk_norm else None
+        self.query_norm = RMSNorm(self.head_size, eps=epsilon) if config.qk_norm else None
+        self.key_norm = RMSNorm(self.head_size, eps=epsilon) if config.qk_norm else None
         self.core = AttentionCore()
 
     @property

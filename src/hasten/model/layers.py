@@ -24,8 +24,16 @@ def build_norm(config: TransformerConfig, size: int | None = None) -> nn.Module:
     """Builds the configured norm over the last dimension of ``size``, by default D."""
     size = config.hidden_size if size is None else size
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=config.norm_epsilon)
+        return RMSNorm(size, eps=config.norm_epsilon)
     return nn.LayerNorm(size, eps=config.norm_epsilon, bias=config.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's own, in the type of its gains: autocast on CPUs would leave it 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps a tensor of any shape to one of the same shape."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")

@@ -1,11 +1,15 @@
-"""Attention of short sequences in training on a CPU: a few products over all heads at once.
+"""Attention of short sequences on a CPU: a few products over all heads at once.
 
     q (B, H, L, C), k, v (B, K, T, C) --products--> scores --softmax--> weights --products--> out
 
 torch's own kernel for CPUs works through one sequence and one head after the other, each of which
 is some microseconds of arithmetic where sequences are short: for sequences of 24 tokens, forward
-and backward take twice as long as here, at 64 as long. What is kept for the backward is the
-weights, (B, H, L, T), which is why long sequences do not come this way.
+and backward take two to three times as long as here, at 256 a sixth longer. What is kept for the
+backward is the weights, (B, H, L, T), which is why long sequences do not come this way.
+
+It computes in float32 also where matrices are multiplied in 16 bits: so small a product is slower
+in those, and the softmax better off. And by torch's own library whatever multiplies elsewhere:
+oneDNN makes a program for every shape, of which there are as many here as there are groups.
 
 Shapes: B sequences, H heads that ask, K heads that are looked at, L and T lengths, C head size;
 Z = B K pairs of a sequence and a head that is looked at, R = H / K L rows that ask in each.
@@ -17,24 +21,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
+from hasten.core.products import using_library
 from hasten.model.layers import kept_elements
 
-_MOST_PAIRS = 64 * 64
+_MOST_PAIRS, _MOST_PAIRS_IN_USE = 256 * 256, 128 * 128
 
 
 def is_short(q_BHLC: Tensor, k_BKTC: Tensor) -> bool:
     """Returns whether ``attend_short`` is the faster way for what is asked and looked at."""
-    return (
-        q_BHLC.shape[2] * k_BKTC.shape[2] <= _MOST_PAIRS
-        and q_BHLC.device.type == "cpu"
-        and q_BHLC.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")  # 16 bits, for which torch has its own
-        and torch.is_grad_enabled()  # forward alone it is no faster
-        and q_BHLC.requires_grad
-        and not torch.compiler.is_compiling()
-    )
+    if q_BHLC.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    is_narrow = torch.is_autocast_enabled("cpu")
+    if q_BHLC.dtype not in (torch.float32, torch.float64) and not is_narrow:
+        return False
+    num_pairs = q_BHLC.shape[2] * k_BKTC.shape[2]
+    if torch.is_grad_enabled() and q_BHLC.requires_grad:
+        return num_pairs <= _MOST_PAIRS
+    # One that asks by itself has its keys in a cache, which would be copied.
+    return q_BHLC.shape[2] > 1 and num_pairs <= _MOST_PAIRS_IN_USE
 
 
 def attend_short(
@@ -63,6 +70,8 @@ class _ShortAttention(torch.autograd.Function):
     """Heads that look at the same keys are rows of one product: R = H / K * L of them."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    @using_library("default")
     def forward(
         ctx: Any,
         q_BHLC: Tensor,
@@ -88,6 +97,8 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
+    @using_library("default")
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:

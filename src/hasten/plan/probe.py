@@ -1,19 +1,25 @@
 """Measures what the machine in hand computes fastest, in a fraction of a second.
 
-    device, width --matrix products in each type--> FLOP/s --choose_precision--> float32 or bf16
+    device, width --products by each library--> FLOP/s --choose_library--> default or onednn
+    device, width --products in each type, then a feed-forward with all its casts--> FLOP/s
+                                                       --choose_precision--> float32 or bf16
 
 A technique is not assumed to help: a CPU without 16-bit units multiplies bfloat16 matrices about a
-hundred times more slowly than float32 ones.
+hundred times more slowly than float32 ones, and casting to and fro can cost what another one wins.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from hasten.core.errors import UsageError
+from hasten.core.products import LIBRARIES, use_library, using_library
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -24,10 +30,11 @@ PRECISIONS: dict[str, torch.dtype] = {
 """In which type autocast computes for each; fp8 is for the matrices of blocks alone."""
 _FP8_CAPABILITY = (8, 9)
 _WORTH_IT = 1.2
-"""How much faster 16 bits must be: casting to and fro costs some of it."""
+"""How much faster something else must be than what needs no reason."""
 _FLOP = 1e8
 _SECONDS = 0.03
 _ROUNDS = 3
+_WIDEST = 1024  # products in a type that the machine lacks take long
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, hidden_size: int) -> float:
@@ -38,21 +45,84 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, hidden_size: int) -> f
         device: where to multiply.
         hidden_size: D of the (N, D) by (D, 4 D) products; N is chosen so that one is short.
     """
-    inner = 4 * hidden_size
-    rows = max(16, min(8192, int(_FLOP / (2 * hidden_size * inner))))
-    x = torch.ones(rows, hidden_size, dtype=dtype, device=device)
-    weight = torch.ones(hidden_size, inner, dtype=dtype, device=device)
-    torch.mm(x, weight)  # the first one chooses a kernel
+    size, rows = _size_and_rows(min(hidden_size, _WIDEST))
+    x = torch.ones(rows, size, dtype=dtype, device=device)
+    weight = torch.ones(size, 4 * size, dtype=dtype, device=device)
+    return 2 * rows * weight.numel() / _least_seconds(lambda: torch.mm(x, weight), device)
+
+
+def feed_forward_rate(precision: str, device: torch.device, hidden_size: int) -> float:
+    """Returns the FLOP/s of a feed-forward, forward and backward, casts and activation included.
+
+    Args:
+        precision: a key of ``PRECISIONS``.
+        device: where to compute.
+        hidden_size: of the model.
+    """
+    size, rows = _size_and_rows(hidden_size)
+    with torch.random.fork_rng(devices=[]), device:
+        up, down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        x = torch.ones(rows, size, requires_grad=True)
+    is_low = precision != "float32"
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=is_low):
+            out = down(F.gelu(up(x)))
+        out.sum().backward()
+        for parameter in (*up.parameters(), *down.parameters()):
+            parameter.grad = None  # as between the steps of a run
+
+    return 12 * rows * up.weight.numel() / _least_seconds(run, device)
+
+
+def _size_and_rows(hidden_size: int) -> tuple[int, int]:
+    return hidden_size, max(16, min(8192, int(_FLOP / (8 * hidden_size**2))))
+
+
+def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Returns the shortest time: whatever else the machine does only makes one longer."""
+    run()  # the first one chooses kernels
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     least, end = math.inf, time.perf_counter() + _SECONDS
     while (start := time.perf_counter()) < end or math.isinf(least):
-        torch.mm(x, weight)
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        # The shortest: whatever else the machine does only makes a product longer.
         least = min(least, time.perf_counter() - start)
-    return 2 * rows * hidden_size * inner / least
+    return least
+
+
+def choose_library(wanted: str, device: torch.device, hidden_size: int) -> tuple[str, str]:
+    """Returns the library that multiplies float32 matrices, which does so from now on, and why.
+
+    Args:
+        wanted: auto, or one of ``LIBRARIES``.
+        device: where to train.
+        hidden_size: of the model.
+
+    Raises:
+        UsageError: oneDNN was asked for and cannot multiply float32 exactly here.
+    """
+    if wanted != "auto":
+        if not use_library(wanted):
+            raise UsageError(
+                f"train.matrix_library {wanted} rounds float32 to 16 bits on this processor, or is "
+                "not in this torch; default or auto would fit."
+            )
+        return wanted, "as asked for"
+    if device.type != "cpu":
+        return "default", "there is a choice on CPUs only"
+    rates = dict.fromkeys(LIBRARIES, 0.0)
+    with using_library():
+        for library in LIBRARIES * _ROUNDS:  # in turn, as below
+            if not use_library(library):
+                return "default", "oneDNN does not multiply float32 exactly here"
+            rates[library] = max(rates[library], matrix_rate(torch.float32, device, hidden_size))
+    factor = rates["onednn"] / rates["default"]
+    chosen = "onednn" if factor >= _WORTH_IT else "default"
+    use_library(chosen)
+    return chosen, f"oneDNN multiplies float32 {_times(factor)} as fast here"
 
 
 def choose_precision(
@@ -73,13 +143,14 @@ def choose_precision(
     if wanted in ("float32", "fp8"):
         return wanted, "as asked for", None
     name = "bf16" if wanted == "auto" else wanted
-    rates = {"float32": 0.0, name: 0.0}
-    for precision in [*rates] * _ROUNDS:  # in turn, so that a busy moment is not taken for one
-        rate = matrix_rate(PRECISIONS[precision], device, hidden_size)
-        rates[precision] = max(rates[precision], rate)
-    factor = rates[name] / rates["float32"]
-    measured = f"{name} multiplies {_times(factor)} as fast here"
+    factor = _factor(
+        name, lambda precision: matrix_rate(PRECISIONS[precision], device, hidden_size)
+    )
     if wanted == "auto":
+        if factor < _WORTH_IT:
+            return "float32", f"{name} multiplies {_times(factor)} as fast here", None
+        factor = _factor(name, lambda name: feed_forward_rate(name, device, hidden_size))
+        measured = f"{name} computes {_times(factor)} as fast here"
         return ("bf16" if factor >= _WORTH_IT else "float32"), measured, None
     slow = None
     if factor < 1:
@@ -88,6 +159,14 @@ def choose_precision(
             "float32's on this machine (measured just now)"
         )
     return wanted, "as asked for", slow
+
+
+def _factor(precision: str, rate_of: Callable[[str], float]) -> float:
+    """Returns how many times as fast as float32 a precision is."""
+    rates = {"float32": 0.0, precision: 0.0}
+    for one in [*rates] * _ROUNDS:  # in turn, so that a busy moment is not taken for one of them
+        rates[one] = max(rates[one], rate_of(one))
+    return rates[precision] / rates["float32"]
 
 
 def _check_fp8(device: torch.device) -> None:

@@ -18,6 +18,7 @@ import torch
 from hasten.config.load import replace_values
 from hasten.config.schema import RunConfig, settled
 from hasten.core.errors import UsageError, nearest
+from hasten.core.products import use_library
 from hasten.core.ranks import ALONE, Ranks
 from hasten.core.seeds import derive_seed
 from hasten.data.subword import supports_dropout
@@ -46,7 +47,7 @@ from hasten.plan.fine_tuning import (
 )
 from hasten.plan.memory import Load
 from hasten.plan.portable import check_portable, choose_portable, portable_options
-from hasten.plan.probe import choose_precision
+from hasten.plan.probe import choose_library, choose_precision
 from hasten.plan.spread import Spread, choose_spread
 from hasten.task.contract import Task
 from hasten.training.fine_tuning import check_fine_tuning, prepare_fine_tuning, trained_part
@@ -107,14 +108,8 @@ def plan_run(config: RunConfig, observer: Observer, resources: Resources | None 
     choices += [*of_model, *data.choices]
     config = replace_values(config, {choice.key: choice.value for choice in choices})
     config, of_data = _choose_from_data(config, data, pretrained)
-    precision, precision_reason, slow = choose_precision(
-        config.train.precision, device, settled(config.model.hidden_size)
-    )
-    if slow:
-        observer.warn(slow)
-    if config.train.precision == "auto":
-        of_data.append(Choice("train.precision", precision, precision_reason))
-    config = replace_values(config, {"train.device": device.type, "train.precision": precision})
+    config, of_products = _choose_products(config, device, observer)
+    of_data += of_products
     architecture = _architecture(config, data.task, pretrained)
     plan = Plan(config, choices, data, device, architecture, pretrained)
     if config.parallel.layout == "auto":
@@ -157,6 +152,24 @@ def _check_layout(config: RunConfig, plan: Plan, observer: Observer) -> None:
     if layout.size > 1:
         shape = _load(plan).step_shape(plan.architecture, layout)
         observer.note(describe_traffic(step_traffic(plan.architecture, layout, shape)))
+
+
+def _choose_products(
+    config: RunConfig, device: torch.device, observer: Observer
+) -> tuple[RunConfig, list[Choice]]:
+    """Returns the configuration with how matrices are multiplied, as is fastest here."""
+    train, hidden_size = config.train, settled(config.model.hidden_size)
+    library, library_reason = choose_library(train.matrix_library, device, hidden_size)
+    precision, precision_reason, slow = choose_precision(train.precision, device, hidden_size)
+    if slow:
+        observer.warn(slow)
+    found = [
+        Choice("train.matrix_library", library, library_reason),
+        Choice("train.precision", precision, precision_reason),
+    ]
+    values = {"train.device": device.type, **{choice.key: choice.value for choice in found}}
+    auto = [c for c in found if getattr(train, c.key.removeprefix("train.")) == "auto"]
+    return replace_values(config, values), auto
 
 
 def choose_layout_of(plan: Plan, resources: Resources | None = None) -> Spread:
@@ -245,6 +258,7 @@ def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALON
     if config.train.deterministic and plan.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    use_library(settled(config.train.matrix_library))
     model = build_model(plan, folder, observer).to(plan.device)
     for stack in model.stacks:
         stack.recompute = config.train.recompute

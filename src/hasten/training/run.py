@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from hasten.config.load import build_config
-from hasten.config.schema import DataConfig, RunConfig
+from hasten.config.schema import DataConfig, RunConfig, settled
 from hasten.core.errors import DamagedError, HastenError, UsageError, nearest
+from hasten.core.products import using_library
 from hasten.data.aligned import open_aligned
 from hasten.data.corpus import check_rejected, open_corpus
 from hasten.data.rows import RowFile, TextRows, open_rows
@@ -31,7 +32,7 @@ from hasten.model.search import DecodingSettings
 from hasten.task.contract import Machine, PredictSettings, Task
 from hasten.training.checkpoint import committed_checkpoints
 from hasten.training.evaluate import evaluate
-from hasten.training.folder import choose_folder
+from hasten.training.folder import choose_folder, read_folder
 from hasten.training.launching import launch_training, num_processes
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer, Silent
@@ -76,6 +77,12 @@ class Run:
             raise DamagedError(
                 f"{error} Write it anew from its checkpoint: hasten train --resume {self.folder}"
             ) from None
+
+        # That of the training, so that what was measured there is what is measured here; a model
+        # without its run's settings is multiplied as torch does.
+        self._library = None
+        with suppress(HastenError):
+            self._library = settled(read_folder(self.folder)[0].train.matrix_library)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, task={self.task.name!r})"
@@ -155,7 +162,7 @@ class Run:
                         f"this run takes {len(columns)} texts for each prediction "
                         f"({', '.join(columns)}); a row of {len(row)} was given."
                     )
-            with torch.inference_mode():
+            with using_library(self._library), torch.inference_mode():
                 yield from self.task.predict(
                     self.saved.model,
                     [tuple(row) for row in chunk],
@@ -202,13 +209,14 @@ class Run:
             observer.warn(f"{rejected.file}, line {rejected.line}: {rejected.reason}")
         for warning in task.check_evaluation(corpus):
             observer.warn(warning)
-        found = evaluate(
-            self.saved.model,
-            task,
-            task.examples(corpus, np.arange(len(corpus))),
-            Machine(self.device, _BATCH_TOKENS),
-            decoding=self.saved.decoding,
-        )
+        with using_library(self._library):
+            found = evaluate(
+                self.saved.model,
+                task,
+                task.examples(corpus, np.arange(len(corpus))),
+                Machine(self.device, _BATCH_TOKENS),
+                decoding=self.saved.decoding,
+            )
         return {
             **found.metrics,
             **found.details,

@@ -21,6 +21,7 @@ from hasten.config.load import replace_values
 from hasten.config.schema import ParallelConfig, RunConfig
 from hasten.core.errors import DataError, OutOfMemoryError, UsageError
 from hasten.core.files import FileLock, file_hash, machine_errors, remove_partials
+from hasten.core.products import using_library
 from hasten.core.ranks import Ranks
 from hasten.data.cache import clear_leftovers, folder_for_stdin
 from hasten.data.rows import spool_standard_input
@@ -318,7 +319,7 @@ def _computing(config: RunConfig) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(available_cores() if threads == "auto" else threads)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), using_library():
             yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(config) from error
