@@ -171,6 +171,9 @@ TINY: dict[str, Any] = {
     "model.pooling": "mean",
     "optim.schedule": "linear",
     "train.num_threads": 1,
+    # What is measured may come out otherwise in the next run.
+    "train.precision": "float32",
+    "train.matrix_library": "default",
     "eval.baseline": False,
 }
 """Settings of a run that takes about a second; each test adds what it is about."""

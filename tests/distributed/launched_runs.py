@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "train.log_every": 1,
     "train.learning_rate": 3e-3,
     "train.precision": "float32",
+    "train.matrix_library": "default",
     "eval.patience": 0,
     "eval.baseline": False,
     "eval.metric": "loss",

@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "model.head_dropout": 0.1,
     "train.num_threads": 1,
     "train.precision": "float32",
+    "train.matrix_library": "default",
     "train.learning_rate": 2e-3,
     "optim.weight_decay": 0.01,
     "eval.patience": 0,

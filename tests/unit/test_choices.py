@@ -75,6 +75,7 @@ def test_what_is_given_stays_and_nothing_else_is_left_open(facts: DataFacts, key
             "task": "x",
             "train.device": "cpu",
             "train.precision": "bf16",
+            "train.matrix_library": "default",
             "tokenizer.vocab_size": 1,
             **given_values,
         },

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "train.tokens_per_step": 100,
     "train.learning_rate": 1e-2,
     "train.precision": "float32",
+    "train.matrix_library": "default",
 }
 OF_THE_MODEL = ("model.num_layers", "model.hidden_size", "model.num_heads")
 

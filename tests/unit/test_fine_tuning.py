@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "train.tokens_per_step": 300,
     "train.learning_rate": 3e-3,
     "train.precision": "float32",
+    "train.matrix_library": "default",
     "eval.baseline": False,
 }
 ADAPTED = {"finetune.adapter": "dora", "finetune.rank": 3, "finetune.adapter_dropout": 0.1}

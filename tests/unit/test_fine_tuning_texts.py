@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "train.tokens_per_step": 300,
     "train.label_smoothing": 0.0,
     "train.precision": "float32",
+    "train.matrix_library": "default",
     "train.num_threads": 1,
     "eval.baseline": False,
 }

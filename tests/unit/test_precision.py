@@ -223,7 +223,7 @@ def test_what_is_measured_decides_and_what_is_asked_for_stays(
     rates = {torch.float32: 1e11, torch.bfloat16: 1e11 * factor, torch.float16: 1e11 * factor}
     monkeypatch.setattr(probe, "matrix_rate", lambda dtype, device, size: rates[dtype])
     monkeypatch.setattr(
-        probe, "feed_forward_rate", lambda name, device, size: rates[probe.PRECISIONS[name]]
+        probe.FeedForwardTrial, "rate", lambda trial, name: rates[probe.PRECISIONS[name]]
     )
     chosen, reason, warning = probe.choose_precision(wanted, torch.device("cpu"), 64)
     assert chosen == precision and (warning is not None) == warns
@@ -236,9 +236,36 @@ def test_what_is_measured_decides_and_what_is_asked_for_stays(
 def test_products_alone_do_not_choose_16_bits(monkeypatch: pytest.MonkeyPatch):
     rates = {torch.float32: 1e11, torch.bfloat16: 3e11}
     monkeypatch.setattr(probe, "matrix_rate", lambda dtype, device, size: rates[dtype])
-    monkeypatch.setattr(probe, "feed_forward_rate", lambda name, device, size: 1e11)
+    monkeypatch.setattr(probe.FeedForwardTrial, "rate", lambda trial, name: 1e11)
     chosen, reason, _ = probe.choose_precision("auto", torch.device("cpu"), 64)
     assert chosen == "float32" and "computes 1.0 times as fast" in reason
+
+
+def test_16_bits_that_change_the_gradients_are_not_chosen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe, "_factor", lambda precision, rate_of: 3.0)
+    monkeypatch.setattr(probe.FeedForwardTrial, "change", lambda trial, name: 0.5)
+    chosen, reason, _ = probe.choose_precision("auto", torch.device("cpu"), 64)
+    assert chosen == "float32" and "bf16 changes what a feed-forward computes by 50.0%" in reason
+
+
+@pytest.mark.parametrize("size", [16, 256])
+def test_a_feed_forward_changes_by_the_rounding_of_the_precision(size: int):
+    trial = probe.FeedForwardTrial(torch.device("cpu"), size)
+    assert trial.change("float32") == 0
+    assert 1e-4 < trial.change("bf16") < probe._MOST_CHANGE
+
+
+def test_a_hopeless_precision_is_not_measured_again():
+    asked: list[str] = []
+
+    def rate(precision: str) -> float:
+        asked.append(precision)
+        return {"float32": 1e11, "bf16": 1e9, "fp16": 9e10}[precision]
+
+    assert probe._factor("bf16", rate) == 0.01
+    assert asked == ["float32", "bf16"]
+    assert probe._factor("fp16", rate) == 0.9
+    assert asked[2:] == ["float32", "fp16"] * 3
 
 
 def test_a_slow_precision_is_said_before_the_first_step(
@@ -253,7 +280,7 @@ def test_a_slow_precision_is_said_before_the_first_step(
 def test_a_rate_is_that_of_the_products():
     device = torch.device("cpu")
     rates = [probe.matrix_rate(torch.float32, device, size) for size in (32, 256)]
-    rates += [probe.feed_forward_rate("float32", device, size) for size in (32, 256)]
+    rates += [probe.FeedForwardTrial(device, size).rate("float32") for size in (32, 256)]
     assert all(1e8 < rate < 1e15 for rate in rates)
 
 

@@ -110,7 +110,7 @@ def test_the_best_model_is_kept_and_restored(data_file: Path, tmp_path: Path):
         **{
             "eval.per_epoch": 3,
             "eval.metric": "loss",
-            "train.epochs": 8,
+            "train.epochs": 16,
             "train.learning_rate": 0.02,
         },
     )

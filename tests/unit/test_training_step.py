@@ -72,6 +72,11 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+def _without_noise(variant: dict[str, Any]) -> dict[str, Any]:
+    """Adam divides rounding by rounding where a gradient is next to nothing: not with this."""
+    return {"optim.epsilon": 1e-6, **variant} if "optim.optimizer" not in variant else variant
+
+
 @pytest.mark.parametrize("unseen", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_the_size_of_a_micro_batch_does_not_matter(
     found = []
     for micro_batch_tokens in (100000, 150, 1):
         with default_dtype(dtype):
-            settings = {**STILL, "train.learning_rate": 1e-3, **variant}
+            settings = {**STILL, "train.learning_rate": 1e-3, **_without_noise(variant)}
             loop = make_loop(
                 data_file, tmp_path, **{"train.micro_batch_tokens": micro_batch_tokens}, **settings
             )

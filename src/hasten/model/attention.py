@@ -276,7 +276,8 @@ def attend_dense(
     if bias is None and not spec.softcap and is_short(q_BHLC, k_BKTC):
         if mask is None and spec.causal:
             mask = near_mask(q_BHLC.shape[2], 0, True, q_BHLC.device)
-        return attend_short(q_BHLC, k_BKTC, v_BKTC, mask, spec.scale, spec.dropout)
+        out_BHLC = attend_short(q_BHLC, k_BKTC, v_BKTC, mask, spec.scale, spec.dropout)
+        return out_BHLC.to(v_BKTC.dtype)  # processes may send it
     if spec.softcap or (spec.dropout and q_BHLC.device.type == "cpu"):
         return _attend_explicitly(q_BHLC, k_BKTC, v_BKTC, mask, spec)
     return F.scaled_dot_product_attention(

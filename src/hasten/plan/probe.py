@@ -1,4 +1,4 @@
-"""Measures what the machine in hand computes fastest, in a fraction of a second.
+"""Measures what the machine in hand computes fastest, in less than a second.
 
     device, width --products by each library--> FLOP/s --choose_library--> default or onednn
     device, width --products in each type, then a feed-forward with all its casts--> FLOP/s
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hasten.core.errors import UsageError
 from hasten.core.products import LIBRARIES, use_library, using_library
@@ -34,7 +34,10 @@ _WORTH_IT = 1.2
 _FLOP = 1e8
 _SECONDS = 0.03
 _ROUNDS = 3
+_HOPELESS = 0.5  # times as fast: one round is enough
 _WIDEST = 1024  # products in a type that the machine lacks take long
+_MOST_CHANGE = 0.03
+"""Largest relative change of a feed-forward's outputs and gradients; bfloat16 makes 0.005."""
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, hidden_size: int) -> float:
@@ -45,38 +48,51 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, hidden_size: int) -> f
         device: where to multiply.
         hidden_size: D of the (N, D) by (D, 4 D) products; N is chosen so that one is short.
     """
-    size, rows = _size_and_rows(min(hidden_size, _WIDEST))
+    size, rows = _size_and_rows(hidden_size)
     x = torch.ones(rows, size, dtype=dtype, device=device)
     weight = torch.ones(size, 4 * size, dtype=dtype, device=device)
     return 2 * rows * weight.numel() / _least_seconds(lambda: torch.mm(x, weight), device)
 
 
-def feed_forward_rate(precision: str, device: torch.device, hidden_size: int) -> float:
-    """Returns the FLOP/s of a feed-forward, forward and backward, casts and activation included.
+class FeedForwardTrial:
+    """A feed-forward of a width, forward and backward, casts and activation included.
 
     Args:
-        precision: a key of ``PRECISIONS``.
         device: where to compute.
         hidden_size: of the model.
     """
-    size, rows = _size_and_rows(hidden_size)
-    with torch.random.fork_rng(devices=[]), device:
-        up, down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
-        x = torch.ones(rows, size, requires_grad=True)
-    is_low = precision != "float32"
 
-    def run() -> None:
-        with torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=is_low):
-            out = down(F.gelu(up(x)))
-        out.sum().backward()
-        for parameter in (*up.parameters(), *down.parameters()):
-            parameter.grad = None  # as between the steps of a run
+    def __init__(self, device: torch.device, hidden_size: int) -> None:
+        self._device = device
+        size, self._rows = _size_and_rows(hidden_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            up, down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+            x = torch.randn(self._rows, size)
+        self._up, self._down = up.to(device), down.to(device)
+        self._x = x.to(device).requires_grad_()
 
-    return 12 * rows * up.weight.numel() / _least_seconds(run, device)
+    def rate(self, precision: str) -> float:
+        """Returns FLOP/s in a precision, a key of ``PRECISIONS``."""
+        seconds = _least_seconds(lambda: self._run(precision), self._device)
+        return 12 * self._rows * self._up.weight.numel() / seconds
+
+    def change(self, precision: str) -> float:
+        """Returns by how much a precision changes outputs and gradients, relative, in norm."""
+        pairs = zip(self._run(precision), self._run("float32"), strict=True)
+        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+    def _run(self, precision: str) -> list[Tensor]:
+        parts = [self._x, *self._up.parameters(), *self._down.parameters()]
+        is_low = precision != "float32"
+        with torch.autocast(self._device.type, dtype=PRECISIONS[precision], enabled=is_low):
+            out = self._down(F.gelu(self._up(self._x)))
+        return [out.detach().float(), *torch.autograd.grad(out.float().square().sum(), parts)]
 
 
 def _size_and_rows(hidden_size: int) -> tuple[int, int]:
-    return hidden_size, max(16, min(8192, int(_FLOP / (8 * hidden_size**2))))
+    size = min(hidden_size, _WIDEST)
+    return size, max(16, min(8192, int(_FLOP / (8 * size**2))))
 
 
 def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -149,9 +165,14 @@ def choose_precision(
     if wanted == "auto":
         if factor < _WORTH_IT:
             return "float32", f"{name} multiplies {_times(factor)} as fast here", None
-        factor = _factor(name, lambda name: feed_forward_rate(name, device, hidden_size))
+        trial = FeedForwardTrial(device, hidden_size)
+        factor, change = _factor(name, trial.rate), trial.change(name)
         measured = f"{name} computes {_times(factor)} as fast here"
-        return ("bf16" if factor >= _WORTH_IT else "float32"), measured, None
+        if not change <= _MOST_CHANGE:
+            measured = f"{name} changes what a feed-forward computes by {change:.1%}"
+        elif factor >= _WORTH_IT:
+            return name, measured, None
+        return "float32", measured, None
     slow = None
     if factor < 1:
         slow = (
@@ -164,8 +185,11 @@ def choose_precision(
 def _factor(precision: str, rate_of: Callable[[str], float]) -> float:
     """Returns how many times as fast as float32 a precision is."""
     rates = {"float32": 0.0, precision: 0.0}
-    for one in [*rates] * _ROUNDS:  # in turn, so that a busy moment is not taken for one of them
-        rates[one] = max(rates[one], rate_of(one))
+    for _ in range(_ROUNDS):  # in turn, so that a busy moment is not taken for one of them
+        for one in rates:
+            rates[one] = max(rates[one], rate_of(one))
+        if rates[precision] < _HOPELESS * rates["float32"]:
+            break
     return rates[precision] / rates["float32"]
 
 
