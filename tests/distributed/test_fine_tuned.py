@@ -18,6 +18,7 @@ SETTINGS: dict[str, Any] = {
     "train.micro_batch_tokens": 60,
     "train.learning_rate": 3e-3,
     "train.precision": "float32",
+    "train.matrix_library": "default",
     "train.num_threads": 1,
     "eval.baseline": False,
     # Each process draws its own masks.

@@ -25,7 +25,7 @@ from builders import gradients, pack, random_sequences, small_model
 from hasten.core.batch import PackedBatch
 from hasten.core.errors import UsageError
 from hasten.model.config import TransformerConfig
-from hasten.model.stages import keep_stages, stage_costs
+from hasten.model.stages import StageCosts, keep_stages, stage_costs
 from hasten.parallel.launch import launch
 from hasten.parallel.pipeline import Pipeline
 from hasten.parallel.pipeline_plan import SCHEDULES, cut_blocks, find_schedule, num_stages
@@ -125,6 +125,9 @@ def test_a_dear_head_has_fewer_blocks_before_it():
         spans = cut_blocks([costs.block] * 12, 2, before=costs.embedding, after=costs.head)
         blocks[vocab_size] = [len(span) for span in spans]
     assert blocks == {10: [6, 6], 5000: [9, 3]}
+    model = small_model(num_layers=4)
+    (stage,) = cut_model(model, SCHEDULES["1f1b"], 0, 2, costs=StageCosts(0.0, 1.0, 2.0))
+    assert len(stage.blocks) == 3
 
 
 def test_what_blocks_cost_is_what_their_matrices_have():
@@ -199,7 +202,7 @@ def test_a_pipeline_of_one_says_what_is_wrong_as_a_model_does(alone: Any, double
         cut_model(model, schedule, 0, 1),
         schedule,
         alone,
-        num_tokens=40,
+        num_tokens=[20, 40],
         device=torch.device("cpu"),
     )
     good, long, large = (pack(random_sequences(n)) for n in ([3, 9, 5], [4, 17], [16, 16, 9]))
@@ -207,7 +210,8 @@ def test_a_pipeline_of_one_says_what_is_wrong_as_a_model_does(alone: Any, double
     assert found is not None
     for scores in found:
         torch.testing.assert_close(scores, model(good))
-    assert [pipeline.num_tokens_for(some) for some in ([], [good], [good, large])] == [40, 40, 80]
+    given = [], [good], [good, long], [good, large]
+    assert [pipeline.num_tokens_for(some) for some in given] == [20, 20, 40, 80]
     found = pipeline.forward([large, good])
     assert found is not None
     torch.testing.assert_close(found[0], model(large))

@@ -218,7 +218,7 @@ def test_processes_end_with_their_launcher():
 
 def test_a_run_goes_on_by_itself_after_a_process_was_lost(reference: Path):
     run = Path("run")
-    given = ("--processes", 2, "--parallel.max_restarts", 1, *flags({**SETTINGS, **EVERY_STEP}))
+    given = ("--processes", 2, "--max-restarts", 1, *flags({**SETTINGS, **EVERY_STEP}))
     with launched(run, "tiny.csv", "-o", run, *given) as command:
         command.wait_for(lambda: bool(steps_saved(run)))
         command.strike("kill", 1)

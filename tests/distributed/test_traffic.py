@@ -13,6 +13,7 @@ import torch
 from traffic_worker import MODELS, NARROW, SANDWICH, UNLIKE, TrafficCase
 
 from hasten.model.config import TransformerConfig
+from hasten.model.stages import StageCosts
 from hasten.model.transformer import Transformer
 from hasten.parallel.launch import launch
 from hasten.parallel.layout import Layout
@@ -22,8 +23,10 @@ from hasten.parallel.traffic import (
     StepShape,
     Traffic,
     describe_traffic,
+    largest_traffic,
     step_traffic,
 )
+from hasten.parallel.traffic_weights import held_model
 
 HERE = Path(__file__).parent
 _POST = {"norm": "layernorm", "norm_placement": "post", "bias": True}
@@ -45,6 +48,20 @@ _OF_TWO = [
     TrafficCase("tied decoder", "tensor=2", label_smoothing=0.1),
     TrafficCase("tied decoder", "pipeline=2"),
     TrafficCase("classifier", "pipeline=2", {"num_layers": 3}, num_micro_batches=3),
+    *(
+        TrafficCase(
+            model, "pipeline=2", {"num_layers": 5}, num_micro_batches=count, schedule=schedule
+        )
+        for model, schedule, count in (
+            ("tied decoder", "interleaved", 3),
+            ("classifier", "interleaved", 1),
+            ("untied decoder", "zero-bubble", 3),
+            ("classifier", "gpipe", 1),
+        )
+    ),
+    # Shorter than a micro-batch may be, and examples that are longer.
+    TrafficCase("tied decoder", "pipeline=2", num_micro_batches=1, micro_batch_tokens=100),
+    TrafficCase("classifier", "pipeline=2", num_micro_batches=2, micro_batch_tokens=5),
     *(
         TrafficCase(model, layout, options)
         for model, options in (("classifier", NARROW), ("tied decoder", SANDWICH))
@@ -73,6 +90,34 @@ _OF_FOUR = [
     TrafficCase("untied decoder", "pipeline=2,tensor=2"),
     TrafficCase("classifier", "pipeline=2,context=2"),
     TrafficCase("classifier", "pipeline=2,replicate=2"),
+    TrafficCase(
+        "untied decoder",
+        "pipeline=4",
+        {"num_layers": 5},
+        num_micro_batches=5,
+        schedule="zero-bubble",
+    ),
+    TrafficCase(
+        "tied decoder",
+        "pipeline=2,shard=2",
+        {"vocab_size": 40, "num_layers": 4},
+        schedule="interleaved",
+    ),
+    TrafficCase(
+        "untied decoder",
+        "pipeline=2,tensor=2",
+        label_smoothing=0.1,
+        num_micro_batches=1,
+        micro_batch_tokens=100,
+    ),
+    TrafficCase(
+        "classifier",
+        "pipeline=2,replicate=2",
+        num_micro_batches=1,
+        micro_batch_tokens=100,
+        schedule="zero-bubble",
+    ),
+    TrafficCase("classifier", "pipeline=2,context=2", num_micro_batches=1, micro_batch_tokens=100),
 ]
 
 
@@ -99,7 +144,8 @@ def differences(
     """Says where a rank has issued something else than the formulas say."""
     layout, config = case.places(num_processes), case.config
     stage_rank = rank // (num_processes // layout.pipeline)
-    most = step_traffic(config, layout, case.shape, stage_rank)
+    shape = case.shape(layout)
+    most = step_traffic(config, layout, shape, stage_rank)
     assert most.messages
     # Of a vocabulary that does not go round the first process of a tensor axis has most, and no
     # other less than if the entries left over were not there.
@@ -109,7 +155,7 @@ def differences(
         vocab_size=config.vocab_size // number * number,
         source_vocab_size=None if source is None else source // number * number,
     )
-    least = step_traffic(smaller, layout, case.shape, stage_rank) if rank % number else most
+    least = step_traffic(smaller, layout, shape, stage_rank) if rank % number else most
     # Nothing has escaped the mode; gloo does not number what is sent between two.
     noted = sum(len(issued[kind]) for kind in KINDS)
     if layout.pipeline == 1 and issued["told by gloo"] != [noted]:
@@ -152,6 +198,38 @@ def test_a_line_says_what_is_sent():
     assert describe_traffic(traffic) == expected
     small = Traffic((Message("all_reduce", "all", "loss and counts", 2, 24_000, 1),))
     assert describe_traffic(small) == "each process sends about 24.0 kB a step: mostly all-reduce"
+    assert describe_traffic(small, "the first stage").startswith("the first stage sends about 24.0")
+
+
+def test_the_plan_tells_of_the_stage_that_sends_most():
+    config = TransformerConfig(vocab_size=100, num_layers=4, hidden_size=8, num_heads=2)
+    layout, shape = Layout(pipeline=4), StepShape(10, num_micro_batches=4)
+    sent = [step_traffic(config, layout, shape, rank).sent_bytes() for rank in range(4)]
+    # Those in the middle have two neighbours.
+    assert sent[0] < sent[1] == largest_traffic(config, layout, shape).sent_bytes()
+    assert largest_traffic(config, Layout(shard=2), shape) == step_traffic(
+        config, Layout(shard=2), shape
+    )
+
+
+def test_a_pipeline_is_cut_as_its_costs_say():
+    config = TransformerConfig(vocab_size=100, num_layers=4, hidden_size=8, num_heads=2)
+    layout, even = Layout(pipeline=2), StepShape(10)
+    dear_head = dataclasses.replace(even, costs=StageCosts(embedding=0, block=1, head=2))
+    blocks = [
+        [
+            held_model(config, layout, "1f1b", rank, costs=shape.costs).num_blocks[0]
+            for rank in (0, 1)
+        ]
+        for shape in (even, dear_head)
+    ]
+    assert blocks == [[2, 2], [3, 1]]
+    layout = Layout(pipeline=2, replicate=2)
+    gradients = [
+        step_traffic(config, layout, shape).payload_bytes("all_reduce")
+        for shape in (even, dear_head)
+    ]
+    assert gradients[1] > gradients[0]
 
 
 def test_bytes_by_hand():

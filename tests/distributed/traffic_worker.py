@@ -31,6 +31,7 @@ from hasten.parallel.apply import ParallelSettings, apply_parallel
 from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.traffic import KINDS, Kind, StepShape
 from hasten.parallel.world import World, joined
+from hasten.plan.memory import Load
 from hasten.task.generating import token_loss_sum
 from hasten.training.step import Parts, StepSettings, run_step
 
@@ -81,6 +82,8 @@ class TrafficCase:
         per_micro_batch: examples of a micro-batch.
         num_micro_batches: of each share of a batch.
         frozen: patterns of weights that are not trained.
+        schedule: of a pipeline.
+        micro_batch_tokens: most tokens of a micro-batch; 0 for those of ``per_micro_batch``.
     """
 
     model: str
@@ -93,6 +96,8 @@ class TrafficCase:
     per_micro_batch: int = 2
     num_micro_batches: int = 2
     frozen: tuple[str, ...] = ()
+    schedule: str = "1f1b"
+    micro_batch_tokens: int = 0
 
     @property
     def config(self) -> TransformerConfig:
@@ -105,9 +110,25 @@ class TrafficCase:
         """Returns the layout."""
         return choose_layout(self.layout, num_processes)
 
-    @property
-    def shape(self) -> StepShape:
-        """What a step works on."""
+    def load(self, layout: Layout) -> Load:
+        """Returns what a step asks of the processes, as the plan of a run has it."""
+        tokens = self.per_micro_batch * LENGTH
+        return Load(
+            tokens_per_step=tokens * self.num_micro_batches * layout.num_batch_shares,
+            micro_batch_tokens=self.micro_batch_tokens or tokens,
+            lengths=(LENGTH,),
+            precision="bf16" if self.bf16 else "float32",
+            recompute=self.recompute,
+            label_smoothing=self.label_smoothing,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            part=TrainedPart(tuple(self.frozen)),
+        )
+
+    def shape(self, layout: Layout) -> StepShape:
+        """Returns what a step works on; that of a pipeline is the plan's."""
+        if layout.pipeline > 1:
+            return self.load(layout).step_shape(self.config, layout)
         reads = self.config.architecture == "encoder_decoder"
         return StepShape(
             tokens=self.per_micro_batch * LENGTH,
@@ -213,14 +234,15 @@ def run_case(case: TrafficCase, world: World) -> dict[str, list[int]]:
     )
     torch.manual_seed(0)
     model = Transformer.from_config(case.config)
-    case.shape.part.apply(model)
+    load = case.load(ranks.layout)
+    load.part.apply(model)
     for stack in model.stacks:
         stack.recompute = case.recompute
     computing: Any = nullcontext
     if case.bf16:
         computing = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    tokens = case.shape.tokens
-    settings = ParallelSettings(device, computing, micro_batch_tokens=tokens)
+    tokens = load.micro_batch_tokens
+    settings = ParallelSettings(device, computing, case.schedule, load.num_tokens(ranks.layout))
     parallel = apply_parallel(model, ranks, settings)
     per_round = case.per_micro_batch * ranks.layout.num_batch_shares
     examples: Any = EvenExamples(case.config, per_round * case.num_micro_batches)

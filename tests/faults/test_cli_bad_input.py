@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from builders import labelled_rows, write_rows
 from conftest import Ended
 from hasten.cli.main import main
 from hasten.core.errors import DamagedError, DataError, HastenError, MachineError, UsageError
+from pretrained_folders import write_bert, write_tokenizer
 
 TINY = [
     *("--model.num_layers", "1", "--model.hidden_size", "16", "--model.num_heads", "2"),
@@ -435,6 +437,88 @@ def test_what_is_advised_for_a_damaged_model_works(trained: Path, cli):
     shutil.rmtree("run/checkpoints")
     truncate(Path("run/model/model.safetensors"))
     assert "--resume" not in cli("predict", "run", "hi").err  # nothing to write it from
+
+
+# Damaged folders of pretrained models
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    return write_bert(tmp_path_factory.mktemp("pretrained") / "bert")
+
+
+def header_beyond_the_file(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
+
+
+def more_tokens(path: Path) -> None:
+    words = (path.parent / "vocab.txt").read_text().split()
+    write_tokenizer(path.parent, [*words, "more"])
+
+
+def shard_outside(path: Path) -> None:
+    outside = path.parent.absolute().parent / "outside.safetensors"
+    (path.parent / "model.safetensors").rename(outside)
+    path.write_text(json.dumps({"weight_map": {"embeddings.weight": str(outside)}}))
+
+
+DAMAGED_BASES = {
+    "weights cut": ("model.safetensors", truncate, DAMAGED, "not a whole safetensors file"),
+    "header beyond the file": (
+        "model.safetensors",
+        header_beyond_the_file,
+        DAMAGED,
+        "not a whole safetensors file",
+    ),
+    "weights gone": ("model.safetensors", Path.unlink, DAMAGED, "there is no model.safetensors"),
+    "shard outside": (
+        "model.safetensors.index.json",
+        shard_outside,
+        DAMAGED,
+        "names a file outside of the folder",
+    ),
+    "other shape": (
+        "config.json",
+        lambda path: rewrite(path, intermediate_size=56),
+        DAMAGED,
+        "config.json makes it",
+    ),
+    "config cut": ("config.json", truncate, DAMAGED, "config.json: not JSON"),
+    "config gone": ("config.json", Path.unlink, USAGE, "it has no config.json"),
+    "more tokens than rows": ("tokenizer.json", more_tokens, DAMAGED, "rows of the embedding"),
+    "tokenizer cut": ("tokenizer.json", truncate, DAMAGED, "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_BASES)
+def test_a_damaged_pretrained_model(name: str, bert: Path, own_cache: Path, tmp_path: Path, cli):
+    file, damage, code, said = DAMAGED_BASES[name]
+    Path("train.csv").write_text(GOOD)
+    shutil.copytree(bert, "bert")
+    damage(Path("bert") / file)
+    before = tree(tmp_path)
+    for more in ([], ["-o", "run", "--quiet"]):
+        ended = cli("train", "train.csv", "--model", "bert", "--epochs", "1", *more)
+        assert_refused(ended, code, "bert", said)
+        assert tree(tmp_path) == before
+        assert_clean(own_cache)
+
+
+def test_a_run_is_exported_or_nothing_is_written(trained: Path, tmp_path: Path, cli):
+    run = trained / "run"
+    before = tree(tmp_path)
+    refused = cli("export", run, "--to", "huggingface", "-o", "out")
+    assert refused.code == USAGE and "--to onnx" in refused.err and "Traceback" not in refused.err
+    assert tree(tmp_path) == before
+    more = ["--preset", "portable", *TINY, "--quiet", "-o", "portable"]
+    assert cli("train", trained / "train.csv", *more).code == 0
+    ended = cli("export", "portable", "--to", "huggingface", "-o", "out", "--json")
+    assert ended.code == 0
+    files = json.loads(ended.out)["files"]
+    assert {"README.md", "config.json", "model.safetensors"} <= {*files}
+    assert sorted(files) == sorted(path.name for path in Path("out").iterdir())
+    assert_refused(cli("export", "portable", "--to", "onxx"), USAGE, "Did you mean 'onnx'?")
 
 
 # A full or read-only disk, where no real one can be made; see test_cli_disk.py for real ones.

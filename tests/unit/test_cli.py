@@ -132,6 +132,7 @@ def test_help_names_every_verb_and_the_flags_that_matter(cli):
             "--seed",
             "--epochs",
             "--device",
+            "--max-restarts",
             "--resume",
         ),
         *("--dry-run", "--json", "--quiet", "--help-all"),

@@ -157,9 +157,11 @@ def test_a_refusal_names_key_value_and_what_is_accepted(key: str):
     start = f"{key}: '3x' does not fit: it should be "
     assert message is not None and message.startswith(start) and message.endswith(".")
     accepted = message.removeprefix(start)
-    assert re.match(r"'|a number\b|a whole number\b|true or false\b|2 values\b", accepted)
+    assert re.match(r"'|a number\b|a whole number\b|true or false\b|[23] values\b", accepted)
     for word in re.findall(r"'(\w+)'|\b(true|false)\b", accepted):
         assert refusal(key, "".join(word)) is None
+    several = re.match(r"(\d) values", accepted)
+    others = ",0.5" * (int(several[1]) - 1) if several else ""
     for bound, text in re.findall(r"(at least|at most|greater than|less than) (\d+)", accepted):
         limit = int(text)
         beyond, within = limit + 1e-9, limit - 1e-9
@@ -168,11 +170,10 @@ def test_a_refusal_names_key_value_and_what_is_accepted(key: str):
         if "whole" in accepted:
             beyond, within = limit - 1, limit + 1
         for value, fits in ((limit, bound.startswith("at")), (beyond, False), (within, True)):
-            written = f"{value},0.5" if "2 values" in accepted else str(value)
+            written = f"{value}{others}"
             assert (refusal(key, written) is None) == fits, written
     if "number" in accepted:
-        half = "0.5,0.5" if "2 values" in accepted else "0.5"
-        assert ("whole" in accepted) == (refusal(key, half) is not None)
+        assert ("whole" in accepted) == (refusal(key, f"0.5{others}") is not None)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +229,7 @@ SAMPLES: dict[str, Any] = {
     "data.header": True,
     "data.text_columns": ("a", "1"),
     "optim.betas": (0.8, 0.95),
+    "parallel.stage_costs": (0.5, 1.0, 2.0),
     "data.delimiter": "\t",
     "data.label_column": "yes",
     "data.train": ("some/file",),
@@ -410,6 +412,7 @@ OF_PRETRAINED_ALONE = {
     "head_activation",
     "head_norm",
     "head_bias",
+    "unused",
 }
 
 

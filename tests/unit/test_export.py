@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import hasten
-from builders import TINY, pack, random_sequences, small_model, write_labelled
+from builders import TINY, VOCAB, pack, random_sequences, small_model, write_labelled
 from hasten.config.load import build_config
 from hasten.core.errors import UsageError
 from hasten.model.adapters import AdapterSettings, add_adapters, merge_adapters
@@ -23,8 +23,10 @@ from hasten.model.pretrained.reading import load_pretrained
 from hasten.model.pretrained.writing import family_for, save_pretrained
 from hasten.plan.portable import choose_portable, portable_options
 from hasten.training.adapter_files import save_adapter
+from hasten.training.card import model_card
 from hasten.training.export import export_run
 from hasten.training.run import Run
+from pretrained_folders import write_text_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -117,6 +119,7 @@ def test_what_no_class_has_is_refused_by_name(runs: dict[str, Run], tmp_path: Pa
         ("encoder", "classification", "ModernBERT"),
         ("encoder", "span", "ModernBERT"),
         ("decoder", "language_modelling", "Llama"),
+        ("encoder_decoder", "language_modelling", "mBART"),
     ],
 )
 def test_every_portable_model_has_its_class(architecture: Any, head: Any, name: str):
@@ -182,6 +185,33 @@ def test_the_card_says_what_was_measured(runs: dict[str, Run], tmp_path: Path):
     assert len(code.strip().splitlines()) == 3 and known["model"].num_labels == 3
 
 
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("owner/some-bert", "owner/some-bert"),
+        ("/home/someone/models/some-bert", "some-bert"),
+        ("./some-bert", "some-bert"),
+        ("models/of/some-bert", "some-bert"),
+    ],
+)
+def test_the_card_names_a_base_that_others_can_find(base: str, shown: str):
+    config = build_config(overrides={"model.pretrained": base, "task": "text-classification"})
+    text = model_card("x", config, small_model(**BERT).config, {}, {})
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front.get("base_model") == (base if base == shown else None)
+    assert f"beginning with the weights of `{shown}`" in text
+
+
+@pytest.mark.parametrize("source_vocab_size", [None, 50])
+def test_the_card_says_what_a_tokenizer_of_two_is(source_vocab_size: int | None):
+    config = build_config(overrides={"task": "translation"})
+    options = {"architecture": "encoder_decoder", "head": "language_modelling"}
+    architecture = small_model(**options, source_vocab_size=source_vocab_size).config
+    text = model_card("x", config, architecture, {}, {})
+    is_told = "AutoTokenizer loads that of the source alone" in text.split("## Limits")[1]
+    assert is_told == (source_vocab_size is not None)
+
+
 def test_where_nothing_can_be_exported(runs: dict[str, Run], tmp_path: Path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(UsageError, match="exists already"):
@@ -213,7 +243,8 @@ def test_peft_loads_the_adapter_on_the_base(
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     tensors = model.state_dict()
-    save_adapter(tmp_path / "adapter", config, tensors, settings, str(base))
+    family = family_for(config)
+    save_adapter(tmp_path / "adapter", config, tensors, settings, str(base), family)
     there = transformers.AutoModelForSequenceClassification.from_pretrained(base)
     there = peft.PeftModel.from_pretrained(there, tmp_path / "adapter").eval()
     sequences = random_sequences([5, 1, 9])
@@ -225,6 +256,62 @@ def test_peft_loads_the_adapter_on_the_base(
     merged.load_state_dict(merge_adapters(tensors, settings.scale))
     with torch.inference_mode():
         assert_close(merged(pack(sequences)), expected)
+
+
+def electra(folder: Path) -> Path:
+    """ELECTRA of one width, whose options BERT's class for answers has too."""
+    sizes = {"vocab_size": VOCAB, "embedding_size": 32, "hidden_size": 32, "num_hidden_layers": 2}
+    config = transformers.ElectraConfig(
+        **sizes, num_attention_heads=2, intermediate_size=48, initializer_range=0.3
+    )
+    transformers.ElectraForQuestionAnswering(config).save_pretrained(folder)
+    return folder
+
+
+BASES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "electra": ("AutoModelForQuestionAnswering", "span", ("query", "value", "down")),
+    "gpt2": ("AutoModelForCausalLM", "language_modelling", ("query", "key", "output", "down")),
+    "t5": ("AutoModelForSeq2SeqLM", "language_modelling", ("query", "value", "up")),
+    "bart": ("AutoModelForSeq2SeqLM", "language_modelling", ("key", "output", "down")),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", BASES)
+def test_peft_loads_the_adapter_of_every_kind_of_base(kind: Any, name: str, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    class_name, head, targets = BASES[name]
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    base = electra(base) if name == "electra" else write_text_model(base, name)
+    loaded = load_pretrained(base, head=head)
+    model, settings = loaded.model.eval(), AdapterSettings(kind, 3, 5.0, targets=targets)
+    add_adapters(model, settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tensors, folder = model.state_dict(), tmp_path / "adapter"
+    save_adapter(folder, model.config, tensors, settings, str(base), loaded.family)
+    there = getattr(transformers, class_name).from_pretrained(base)
+    there = peft.PeftModel.from_pretrained(there, folder).eval()
+    sequences, sources = random_sequences([5, 1, 9]), random_sequences([3, 6, 2], seed=1)
+    reads_source = model.config.architecture == "encoder_decoder"
+    batch = pack(sequences, sources=sources if reads_source else None)
+    found = []
+    with torch.inference_mode():
+        for row, source in zip(sequences, sources, strict=True):
+            given = {"input_ids": row[None]}
+            if reads_source:
+                given = {"input_ids": source[None], "decoder_input_ids": row[None]}
+            out = there(**given)
+            if head == "span":
+                found.append(torch.stack([out.start_logits[0], out.end_logits[0]], dim=-1))
+            else:
+                found.append(out.logits[0])
+        outputs = model(batch)
+        expected = outputs.scores() if isinstance(outputs, TokenOutputs) else outputs
+    assert_close(torch.cat(found), expected)
 
 
 def test_the_configurations_above_are_of_the_families_they_are_called_after():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hasten.data.tokens import encode_texts
 from hasten.training.export import export_run
 from hasten.training.run import Run
 from hasten.training.session import start_run
-from pretrained_folders import write_bert, write_text_model
+from pretrained_folders import END, write_bert, write_text_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -155,6 +156,61 @@ def test_a_translation_is_written_from_text(kind: str | None, tmp_path: Path):
         found = tokenizer.decode(written, skip_special_tokens=True)
         expected = run.predict([text])[0]["translation"]
         assert found.strip() == expected and expected in THINGS
+
+
+# What a folder says of generation, where transformers finds it: num_beams are not of the run.
+GENERATION: dict[str, Any] = {
+    "num_beams": 3,
+    "length_penalty": 0.7,
+    "no_repeat_ngram_size": 2,
+    "max_length": 33,
+    "min_length": 2,
+    "early_stopping": True,
+    "repetition_penalty": 1.1,
+    "bad_words_ids": [[7], [8, 9]],
+}
+
+
+def generation_of(folder: Path, kind: str) -> dict[str, Any]:
+    """What transformers generates with, the file's own history left out."""
+    found = getattr(transformers, kind).from_pretrained(folder).generation_config.to_diff_dict()
+    return {k: v for k, v in found.items() if not k.startswith("_") and "version" not in k}
+
+
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json", "both"])
+def test_settings_of_generation_are_kept(place: str, tmp_path: Path):
+    begun = write_text_model(tmp_path / "bart", "bart")
+    config, generation = begun / "config.json", begun / "generation_config.json"
+    said = json.loads(generation.read_text())
+    if place == "config.json":
+        generation.unlink()
+    else:
+        generation.write_text(json.dumps({**said, **GENERATION, "_from_model_config": True}))
+    if place != "generation_config.json":  # of which the other file, where there is one, wins
+        changed = {} if place == "config.json" else {"num_beams": 5, "top_k": 7}
+        config.write_text(json.dumps({**json.loads(config.read_text()), **GENERATION, **changed}))
+    expected = generation_of(begun, "BartForConditionalGeneration")
+    assert expected.items() >= GENERATION.items()
+    data = write_rows(tmp_path / "d.csv", PAIRS, ("source", "target"))
+    run = learned(data, tmp_path, begun, **{"train.epochs": 1})
+    for folder in (tmp_path / "out", run.folder / "model"):
+        found = generation_of(folder, "BartForConditionalGeneration")
+        assert {key: found.get(key) for key in expected} == expected
+        assert found.keys() - expected.keys() <= {"forced_bos_token_id"}
+        assert not json.loads((folder / "config.json").read_text()).keys() & GENERATION.keys()
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert "_from_model_config" not in written  # else config.json would be asked again
+
+
+def test_every_end_of_a_text_is_kept(tmp_path: Path):
+    begun = write_text_model(tmp_path / "llama", "llama")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((begun / name).read_text())
+        (begun / name).write_text(json.dumps({**content, "eos_token_id": [9, END, 7]}))
+    data = write_rows(tmp_path / "d.csv", PAIRS, ("prompt", "response"))
+    learned(data, tmp_path, begun, **{"train.epochs": 1})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [END, 9, 7] == model.config.eos_token_id
 
 
 def test_the_three_lines_of_a_card_of_a_run_from_scratch_work(tmp_path: Path):

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from builders import Recorder, write_labelled
+from builders import Recorder, labelled_rows, write_labelled, write_rows
 from hasten.config.load import build_config, config_to_yaml
 from hasten.core.errors import DamagedError, MachineError, UsageError
+from hasten.core.files import file_hash
 from hasten.model.pretrained.reading import load_pretrained
 from hasten.training.build import build_loop, plan_run
 from hasten.training.run import Run
 from hasten.training.saved import writable_as
 from hasten.training.session import plan_only, resume_run, start_run
 from pretrained_folders import SPECIAL, write_bert, write_tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 SETTINGS: dict[str, Any] = {
     "train.epochs": 3,
@@ -344,6 +347,54 @@ def test_an_id_is_fetched(config, bert: Path, monkeypatch: pytest.MonkeyPatch):
         plan_run(config(**{"model.pretrained": "owner/none"}), Recorder())
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_an_id_of_pickles_is_refused_with_what_to_do(
+    name: str, config, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    files = ["config.json", name, "tokenizer.json"]
+    hub = types.ModuleType("huggingface_hub")
+    options = {"raising": False}
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(folder), **options)
+    monkeypatch.setattr(hub, "list_repo_files", lambda _: files, **options)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(UsageError) as caught:
+        plan_run(config(**{"model.pretrained": "owner/some-name"}), Recorder())
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("model.pretrained owner/some-name: its weights are pickle")
+    assert "--model some-name" in first
+    assert second == (
+        "hf download owner/some-name --local-dir some-name && hasten convert some-name"
+    )
+    files[1] = "tf_model.h5"
+    with pytest.raises(DamagedError, match=r"there is no model\.safetensors"):
+        start_run(config(**{"model.pretrained": "owner/some-name"}), tmp_path / "run", Recorder())
+
+
+def test_all_that_is_missing_or_unexpected_is_in_the_run_folder(config, bert: Path, tmp_path: Path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    tensors = load_file(folder / "model.safetensors")
+    more = {f"another.{i}.weight": torch.zeros(2) for i in range(6)}
+    save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    recorder = Recorder()
+    settings = {"model.pretrained": str(folder), "model.pooling": "attention", "train.epochs": 1}
+    start_run(config(**settings), tmp_path / "run", recorder)
+    said = json.loads((tmp_path / "run" / "data.json").read_text())["pretrained"]
+    parts = ("classifier", "scorer")
+    assert said["missing"] == [f"head.{p}.{kind}" for p in parts for kind in ("weight", "bias")]
+    assert said["unexpected"] == sorted(more)
+    (note,) = [note for note in recorder.notes if "of no use here" in note]
+    assert note.endswith("another.3.weight and 2 more (all are in data.json of the run)")
+    # Files of one name in two folders are two files.
+    hashes = said["sha256"]
+    assert {"config.json", "1_Pooling/config.json"} <= hashes.keys()
+    for name in hashes:
+        assert hashes[name] == file_hash(folder / name)
+
+
 def test_a_model_of_sentences_pools_as_it_says(config, bert: Path, tmp_path: Path):
     folder = shutil.copytree(bert, tmp_path / "bert")
     (folder / "1_Pooling").mkdir()
@@ -386,8 +437,33 @@ def test_an_embedding_that_is_seen_too_seldom_stays_as_it_is(config, bert: Path,
         assert is_frozen == (key == "train.seed"), key
 
 
+def test_an_adapter_is_called_after_the_base_that_it_is_put_on(tmp_path: Path):
+    # BERT's class for answers has all options of an ELECTRA of one width.
+    folder = write_bert(tmp_path / "electra")
+    sizes = json.loads((folder / "config.json").read_text())
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    electra = transformers.ElectraConfig(
+        **{key: sizes[key] for key in kept}, embedding_size=32, intermediate_size=48
+    )
+    transformers.ElectraModel(electra).save_pretrained(folder)
+    rows = [(text, "what is it", text.split()[0]) for text, _ in labelled_rows(40)]
+    data = write_rows(tmp_path / "q.csv", rows, ("context", "question", "answer"))
+    settings = {"data.train": str(data), "model.pretrained": str(folder), **SETTINGS}
+    lora = {"finetune.adapter": "lora", "train.epochs": 1, "tokenizer.max_length": 64}
+    start_run(build_config(overrides={**settings, **lora}), tmp_path / "run", Recorder())
+    said = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    base = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
+    modules = {name for name, _ in base.named_modules()}
+    assert said["target_modules"] and modules.issuperset(said["target_modules"])
+
+
 def test_an_adapter_of_what_no_class_has_is_merged_alone(config, bert: Path, tmp_path: Path):
     recorder = Recorder()
+    plan_run(config(**ADAPTED, **{"model.pooling": "first"}), recorder)
+    assert not recorder.warnings
+    plan_run(config(**ADAPTED, **{"model.pooling": "mean"}), recorder)
+    (warning,) = recorder.warnings
+    assert "adapter/ will not be written" in warning and "--model.pooling first" in warning
     start_run(config(**ADAPTED, **{"model.pooling": "mean"}), tmp_path / "run", recorder)
     assert not (tmp_path / "run" / "adapter").exists()
     assert "adapter/ is not written: no transformers class" in "\n".join(recorder.notes)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from builders import pack, random_sequences
 from hasten.core.batch import PackedBatch
+from hasten.data.order import deal_micro_batches, plan_epoch, steps_per_epoch
 from hasten.model.adapters import AdapterSettings, TrainedPart
 from hasten.model.config import TransformerConfig
 from hasten.model.heads import TokenOutputs
@@ -231,3 +236,50 @@ def test_a_long_example_stands_for_its_micro_batch():
     even = dataclasses.replace(load, lengths=(8,) * 50)
     assert load.step_shape(config, Layout(replicate=2)).tokens == 128
     assert even.micro_batch(config, Layout(replicate=2)).lengths == (8,) * 16
+
+
+def test_the_shape_of_a_pipelines_step_is_that_of_what_runs():
+    config, pipeline = TransformerConfig(**SIZES), Layout(pipeline=2)
+
+    def shape(load: Load, layout: Layout = pipeline) -> tuple[int, int, int, int]:
+        found = load.step_shape(config, layout)
+        return found.tokens, found.num_micro_batches, found.filled_tokens, found.num_empty
+
+    # One micro-batch, of at most a step and an example, and an empty one for the other stage.
+    short = Load(4096, 8192, (64,))
+    assert shape(short) == (4096, 1, 4160, 1)
+    assert shape(dataclasses.replace(short, schedule="gpipe")) == (4096, 1, 4160, 0)
+    assert shape(short, Layout(pipeline=4, replicate=2)) == (2048, 1, 2080 + 64, 3)
+    # Whole examples: 15 of 64 tokens in a micro-batch of 1,000.
+    assert shape(Load(4096, 1000, (64,))) == (820, 5, 1000, 0)
+    # Half of the examples are longer than a micro-batch and alone.
+    assert shape(Load(600, 100, (50, 250))) == (200, 3, 400, 0)
+    assert shape(dataclasses.replace(short, lengths=(4096,)), Layout(replicate=2)) == (
+        2048,
+        1,
+        0,
+        0,
+    )
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    per_step=st.integers(1, 3000),
+    budget=st.integers(1, 3000),
+    shares=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_no_step_of_a_pipeline_needs_more_than_the_first_size(
+    lengths: list[int], per_step: int, budget: int, shares: int, seed: int
+):
+    sizes = np.array(lengths)
+    count = steps_per_epoch(sizes, per_step)
+    load = Load(-(-int(sizes.sum()) // count), budget, tuple(sorted(lengths)))
+    first, *others = load.num_tokens(Layout(pipeline=2, replicate=shares))
+    assert [first, *others] == sorted({first, *others}) and [first, *others][-1] == budget
+    assert all(b <= 1.25 * a + 1 for a, b in itertools.pairwise([first, *others]))
+    for batch in plan_epoch(sizes, seed=seed, epoch=0, num_batches=count):
+        rounds = deal_micro_batches(batch, sizes, budget, shares)
+        for piece in itertools.chain(*rounds):
+            is_alone = len(piece) == 1 and sizes[piece] > budget
+            assert sizes[piece].sum() <= first or is_alone

@@ -19,6 +19,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hasten.config.load import build_config
+from hasten.config.schema import ParallelConfig
 from hasten.core.errors import LostProcessError, UsageError
 from hasten.core.ranks import ALONE
 from hasten.core.shards import copy_whole_, is_sharded, local_part, placed_like, whole
@@ -30,6 +32,8 @@ from hasten.parallel.launch import _exit_code
 from hasten.parallel.layout import AXES, Layout, choose_layout
 from hasten.parallel.place import Place, find_place, first_node
 from hasten.parallel.world import joined
+from hasten.training import session
+from hasten.training.session import resumed_config
 
 DEGREES = st.integers(1, 8)
 
@@ -257,3 +261,34 @@ def test_who_failed_first_is_named_unless_it_said_so_itself(
         _exit_code(failures, watched)
     wanted = found.replace("{HOST}", socket.gethostname())
     assert wanted in str(lost.value) and lost.value.exit_code == 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "layout", "threads"),
+    [
+        ({"max_restarts": 3}, 2, "pipeline=2", 5),
+        ({"processes": 2}, 2, "pipeline=2", 5),
+        ({"processes": 2, "layout": "shard=2"}, 2, "shard=2", "auto"),
+        ({"layout": "shard=3"}, "auto", "shard=3", "auto"),
+        ({"processes": 3}, 3, "auto", "auto"),
+    ],
+)
+def test_a_resumed_run_keeps_what_nobody_asked_for(
+    asked: dict[str, Any],
+    processes: int | str,
+    layout: str,
+    threads: int | str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    own = {"processes": 2, "layout": "pipeline=2", "schedule": "gpipe", "timeout_seconds": 7.0}
+    values = {f"parallel.{name}": value for name, value in own.items()}
+    values["parallel.stage_costs"] = (0.5, 1.0, 2.0)
+    saved = build_config(overrides={**values, "train.num_threads": 5})
+    monkeypatch.setattr(session, "read_folder", lambda folder: (saved, {}))
+    assert resumed_config(Path("run")) == saved
+    found = resumed_config(Path("run"), ParallelConfig(**asked))
+    assert (found.parallel.processes, found.parallel.layout) == (processes, layout)
+    assert found.parallel.max_restarts == asked.get("max_restarts", 0)
+    assert (found.parallel.schedule, found.parallel.timeout_seconds) == ("gpipe", 7.0)
+    assert found.parallel.stage_costs == (0.5, 1.0, 2.0)
+    assert found.train.num_threads == threads

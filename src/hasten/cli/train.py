@@ -59,6 +59,9 @@ def train(
     parallel: str = typer.Option(
         None, metavar="LAYOUT", help="What they are for, as in shard=2,tensor=2."
     ),
+    max_restarts: str = typer.Option(
+        None, metavar="N", help="Times to go on by itself after a process was lost [0]."
+    ),
     resume: str = typer.Option(None, help="Go on with this run folder, exactly."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the resolved plan and stop."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object and nothing else."),
@@ -92,16 +95,20 @@ def train(
         "train.precision": precision,
         **tokenizer_flags(tokenizer),
     }
-    own = {"parallel.processes": processes, "parallel.layout": parallel}
+    own = {
+        "parallel.processes": processes,
+        "parallel.layout": parallel,
+        "parallel.max_restarts": max_restarts,
+    }
     if resume is not None:
         given = [key for key, value in flags.items() if value is not None]
         if given or preset or config or output or assignments or dry_run:
             raise UsageError(
-                "--resume goes on with the run as it was: give it alone, or with --processes and "
-                "--parallel."
+                "--resume goes on with the run as it was: give it alone, or with --processes, "
+                "--parallel and --max-restarts."
             )
         layout = None
-        if processes is not None or parallel is not None:
+        if any(value is not None for value in own.values()):
             layout = config_from_flags(own, preset=None, file=None, assignments=None).parallel
         _train(_Wanted(None, resume, layout, as_json=as_json, quiet=quiet))
         return

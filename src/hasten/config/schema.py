@@ -371,6 +371,13 @@ class ParallelConfig(Section):
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
         default="1f1b", description="in which order the stages of a pipeline work"
     )
+    stage_costs: (
+        Annotated[tuple[NotNegative, NotNegative, NotNegative], BeforeValidator(_split)] | None
+    ) = Field(
+        default=None,
+        description="what embedding, each block and head take, by which a pipeline is cut; by "
+        "default measured",
+    )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         default=0, description="times that a run goes on by itself after it lost a process"
     )

@@ -79,21 +79,28 @@ def read_template(tokenizer: Tokenizer) -> Template:
     """Returns the template of a tokenizer's post-processor; an empty one where it has none.
 
     Raises:
-        DamagedError: a post-processor of another kind, or one that contradicts itself.
+        DamagedError: a post-processor of another kind, one that contradicts itself, or one whose
+            tokens the vocabulary has not.
     """
-    return _read(json.loads(tokenizer.to_str()).get("post_processor"))
+    template = _read(json.loads(tokenizer.to_str()).get("post_processor"))
+    for number in (*template.first, *template.between, *template.last):
+        _token(tokenizer, number)
+    return template
 
 
 def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
-    """Returns a copy that puts special tokens around texts by itself, for other programs."""
+    """Returns a copy that puts special tokens around texts by itself, for other programs.
+
+    Raises:
+        DamagedError: the vocabulary has not all of them.
+    """
     copy = Tokenizer.from_str(tokenizer.to_str())
     names: dict[str, int] = {}
 
     def pieces(ids: tuple[int, ...], segment: int) -> list[str]:
         found = []
         for number in ids:
-            token = tokenizer.id_to_token(number)
-            assert token is not None
+            token = _token(tokenizer, number)
             names[token] = number
             found.append(f"{token}:{segment}")
         return found
@@ -107,6 +114,16 @@ def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
         special_tokens=list(names.items()),
     )
     return copy
+
+
+def _token(tokenizer: Tokenizer, number: int) -> str:
+    token = tokenizer.id_to_token(number)
+    if token is None:
+        raise DamagedError(
+            f"the tokenizer's post-processor puts token {number} around texts, but its vocabulary "
+            f"of {tokenizer.get_vocab_size():,} tokens has none of that number."
+        )
+    return token
 
 
 def _read(processor: Mapping[str, Any] | None) -> Template:

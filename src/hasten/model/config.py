@@ -129,6 +129,8 @@ class TransformerConfig:
         head_norm: whether a norm follows that.
         head_bias: whether the classifier, or the scorer of spans, has a bias.
         head_dropout: rate before the head; None for the value of ``dropout``.
+        unused: rates of a pretrained model that act in training alone and that no module has, by
+            their names there; kept so that what is written back is what was read.
     """
 
     vocab_size: int
@@ -184,6 +186,7 @@ class TransformerConfig:
     head_norm: bool = False
     head_bias: bool = True
     head_dropout: float | None = None
+    unused: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Checks the values against each other.
@@ -193,6 +196,7 @@ class TransformerConfig:
         """
         # As JSON has them, which knows neither tuples nor classes.
         object.__setattr__(self, "global_layers", tuple(self.global_layers))
+        object.__setattr__(self, "unused", tuple((name, rate) for name, rate in self.unused))
         if isinstance(self.rotary_scaling, Mapping):
             object.__setattr__(self, "rotary_scaling", RotaryScaling(**self.rotary_scaling))
         _check_ranges(self)

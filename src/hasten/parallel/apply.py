@@ -23,7 +23,7 @@ from hasten.core.errors import MachineError, UsageError
 from hasten.core.ranks import Ranks
 from hasten.model.config import TransformerConfig
 from hasten.model.sharing import check_sharing, declare_roles
-from hasten.model.stages import check_stages, stage_costs
+from hasten.model.stages import StageCosts, check_stages, stage_costs
 from hasten.model.transformer import Block, Transformer
 from hasten.parallel.data_parallel import Computing, DataParallel, Replicated, Sharded, shard
 from hasten.parallel.divided import DividedRows
@@ -50,16 +50,16 @@ class ParallelSettings:
         device: of this process.
         computing: surrounds the forward of each micro-batch and its loss.
         schedule: by which a pipeline works.
-        micro_batch_tokens: most tokens of a micro-batch, but for a long example alone.
-        length: tokens of a typical sequence.
+        num_tokens: values of N that a pipeline fills micro-batches up to, see ``filled_tokens``.
+        costs: by which a pipeline is cut; None for those of ``stage_costs``.
         compiles: whether blocks are compiled.
     """
 
     device: torch.device
     computing: Computing = nullcontext
     schedule: str = "1f1b"
-    micro_batch_tokens: int = 0
-    length: int = 0
+    num_tokens: tuple[int, ...] = (1,)
+    costs: StageCosts | None = None
     compiles: bool = False
 
 
@@ -116,7 +116,7 @@ def _spread(model: Transformer, ranks: World, settings: ParallelSettings) -> Dat
     stages: list[Stage] = []
     if layout.pipeline > 1:
         stage_rank = mesh["pipeline"].get_local_rank()
-        stages = cut_model(model, schedule, stage_rank, layout.pipeline, length=settings.length)
+        stages = cut_model(model, schedule, stage_rank, layout.pipeline, costs=settings.costs)
     num_row_shares = layout.tensor * layout.context
     if num_row_shares > 1:
         roles = declare_roles(model)
@@ -135,7 +135,7 @@ def _spread(model: Transformer, ranks: World, settings: ParallelSettings) -> Dat
         stages,
         schedule,
         mesh["pipeline"],
-        num_tokens=settings.micro_batch_tokens,
+        num_tokens=settings.num_tokens,
         device=settings.device,
         num_shares=num_row_shares,
         computing=settings.computing,

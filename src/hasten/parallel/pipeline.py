@@ -23,7 +23,7 @@ from hasten.core.batch import PackedBatch
 from hasten.core.shards import local_part
 from hasten.model.stages import TIED_NAME
 from hasten.model.transformer import Transformer
-from hasten.parallel.pipeline_plan import PipelineSchedule
+from hasten.parallel.pipeline_plan import PipelineSchedule, filled_tokens
 from hasten.parallel.pipeline_stage import Stage, StageWork, empty_batch
 from hasten.parallel.tensor import settle_gradients
 
@@ -40,8 +40,7 @@ class Pipeline:
         schedule: in which order they work.
         group: the processes of this pipeline, as a ``ProcessGroup`` or a ``DeviceMesh`` of one
             axis; the n-th of them has the stages that ``cut_model`` gave to rank n.
-        num_tokens: N that micro-batches are filled up to; twice that, or four times, and so on,
-            in a step with a longer one.
+        num_tokens: values of N that micro-batches are filled up to, see ``filled_tokens``.
         device: of this process.
         num_shares: among how many processes ``Stack.divide`` divides the rows of a stream.
         computing: surrounds each forward of ``step``, as ``torch.autocast`` does.
@@ -58,14 +57,14 @@ class Pipeline:
         schedule: PipelineSchedule,
         group: Any,
         *,
-        num_tokens: int,
+        num_tokens: Sequence[int],
         device: torch.device,
         num_shares: int = 1,
         computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         logging.getLogger(_TORCH_LOGGER).setLevel(logging.CRITICAL)
         self.model, self.stages, self.schedule = model, list(stages), schedule
-        self._least_tokens, self._num_shares = max(1, num_tokens), num_shares
+        self._num_tokens, self._num_shares = num_tokens, num_shares
         self.has_first = self.stages[0].is_first
         self.has_last = self.stages[-1].is_last
         self._device = device
@@ -152,9 +151,8 @@ class Pipeline:
 
     def num_tokens_for(self, batches: Sequence[PackedBatch]) -> int:
         """Returns N, which each of these micro-batches is filled up to."""
-        wanted, num_tokens = max((b.num_tokens for b in batches), default=0), self._least_tokens
-        while num_tokens < wanted:
-            num_tokens *= 2
+        wanted = max((batch.num_tokens for batch in batches), default=0)
+        num_tokens = filled_tokens(wanted, self._num_tokens)
         return -(-num_tokens // self.model.row_multiple) * self.model.row_multiple
 
     def owned_names(self) -> list[str]:

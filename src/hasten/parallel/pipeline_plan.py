@@ -1,7 +1,8 @@
 """What a pipeline is to do, before anything runs: its schedule, and where the model is cut.
 
     blocks and their costs --cut_blocks--> the blocks of each stage
-    name --find_schedule--> PipelineSchedule --num_micro_batches--> how many a step needs
+    name --find_schedule--> PipelineSchedule --num_fitting--> micro-batches that a step runs
+    tokens of the largest micro-batch --filled_tokens--> N that each is filled up to
 
 Nothing heavy is imported here: the command line reads schedules before it starts anything.
 """
@@ -95,6 +96,22 @@ def num_stages(schedule: PipelineSchedule, size: int, stages_per_rank: int | Non
         names = " or ".join(name for name, one in SCHEDULES.items() if one.takes_several)
         raise UsageError(f"{wanted} stages a process need the schedule {names}.")
     return wanted * size
+
+
+def filled_tokens(wanted: int, sizes: Sequence[int]) -> int:
+    """Returns N, which the micro-batches of a step are filled up to.
+
+    It has few values, since for each there is memory for what is received.
+
+    Args:
+        wanted: tokens of the largest of them.
+        sizes: values of N, in ascending order: the first that is enough is taken, else twice the
+            last, or four times, and so on.
+    """
+    size = next((size for size in sizes if size >= wanted), sizes[-1])
+    while size < wanted:
+        size *= 2
+    return size
 
 
 def cut_blocks(

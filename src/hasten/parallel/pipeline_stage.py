@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hasten.core.batch import PackedBatch, SequenceLayout
 from hasten.core.shards import is_sharded
-from hasten.model.stages import keep_stages, own_stack, stage_costs
+from hasten.model.stages import StageCosts, keep_stages, own_stack, stage_costs
 from hasten.model.transformer import Transformer
 from hasten.parallel.pipeline_plan import PipelineSchedule, cut_blocks, num_stages
 
@@ -139,7 +139,7 @@ def cut_model(
     rank: int,
     size: int,
     stages_per_rank: int | None = None,
-    length: int = 0,
+    costs: StageCosts | None = None,
 ) -> list[Stage]:
     """Keeps of a whole model, in place, what one process of a pipeline runs.
 
@@ -151,7 +151,7 @@ def cut_model(
         rank: of this process in its pipeline.
         size: processes of the pipeline.
         stages_per_rank: stages of each process; None for as many as the schedule usually has.
-        length: tokens of a typical sequence, see ``stage_costs``.
+        costs: of the model's parts; None for those of ``stage_costs``.
 
     Returns:
         The stages of this process, in their order.
@@ -161,7 +161,7 @@ def cut_model(
     """
     stack = own_stack(model)
     total = num_stages(schedule, size, stages_per_rank)
-    costs = stage_costs(model.config, length)
+    costs = costs or stage_costs(model.config)
     spans = cut_blocks(
         [costs.block] * len(stack.blocks), total, before=costs.embedding, after=costs.head
     )

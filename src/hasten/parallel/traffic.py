@@ -31,6 +31,9 @@ of D elements (W of embeddings), and the degrees R (replicate), S (shard), C (co
             at the end  all-gather, reduce-scatter  m N D
     pipeline            sends                       m N / (C T) D for each border, either way
 
+In a pipeline m counts the empty micro-batches that a schedule adds, but for the loss, and N is what
+each is filled up to: see ``StepShape``. Its processes send unlike much: ``largest_traffic``.
+
 FSDP2 gathers a block's weights for the forward of each micro-batch and again for its backward, what
 is outside blocks once for both (in a pipeline all once a step), and scatters gradients with the
 last micro-batch only. Blocks that are computed again in the backward pass send again what their
@@ -55,7 +58,7 @@ from typing import Literal, get_args
 
 from hasten.model.adapters import WHOLE, TrainedPart
 from hasten.model.config import TransformerConfig
-from hasten.model.stages import TIED_NAME
+from hasten.model.stages import TIED_NAME, StageCosts
 from hasten.parallel.layout import Layout
 from hasten.parallel.traffic_weights import HeldModel, held_model, padded_size
 
@@ -69,7 +72,9 @@ class StepShape:
 
     Attributes:
         tokens: of a micro-batch, without filler.
-        num_micro_batches: of each process.
+        num_micro_batches: of each process, without empty ones.
+        filled_tokens: rows that a pipeline fills a micro-batch up to, where that is more.
+        num_empty: micro-batches that a pipeline adds, of nothing but filler.
         source_tokens: of a micro-batch of an encoder-decoder's source.
         weight_bytes: an element of weights, gradients, norms and the residual stream takes.
         product_bytes: an element takes that a matrix has put out; 2 in bf16 and fp16.
@@ -77,11 +82,14 @@ class StepShape:
         smooths_labels: whether the loss of token scores has label smoothing.
         optimizer: its name.
         schedule: of a pipeline.
+        costs: by which a pipeline is cut; None for those of sequences without a length.
         part: which weights are trained.
     """
 
     tokens: int
     num_micro_batches: int = 1
+    filled_tokens: int = 0
+    num_empty: int = 0
     source_tokens: int = 0
     weight_bytes: int = 4
     product_bytes: int = 4
@@ -89,7 +97,13 @@ class StepShape:
     smooths_labels: bool = False
     optimizer: str = "adamw"
     schedule: str = "1f1b"
+    costs: StageCosts | None = None
     part: TrainedPart = WHOLE
+
+    @property
+    def num_rounds(self) -> int:
+        """Micro-batches that run, empty ones included."""
+        return self.num_micro_batches + self.num_empty
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ def step_traffic(
     """
     if layout.size == 1:
         return Traffic(())
-    held = held_model(config, layout, shape.schedule, stage_rank, shape.part)
+    held = held_model(config, layout, shape.schedule, stage_rank, shape.part, shape.costs)
     found = _Step(config, layout, shape, held)
     parts = (
         _of_weights(found),
@@ -170,7 +184,13 @@ def step_traffic(
     return Traffic(tuple(m for m in messages if m.num_processes > 1 and m.payload and m.count))
 
 
-def describe_traffic(traffic: Traffic) -> str:
+def largest_traffic(config: TransformerConfig, layout: Layout, shape: StepShape) -> Traffic:
+    """Returns what the process sends that sends most: stages of a pipeline are unlike."""
+    stages = (step_traffic(config, layout, shape, rank) for rank in range(layout.pipeline))
+    return max(stages, key=Traffic.sent_bytes)
+
+
+def describe_traffic(traffic: Traffic, who: str = "each process") -> str:
     """Returns in a line what a process sends in a step, the largest kind first."""
     if not traffic.messages:
         return "nothing is sent"
@@ -178,7 +198,7 @@ def describe_traffic(traffic: Traffic) -> str:
     amounts = [(_NAMES[kind], traffic.sent_bytes(kind)) for kind in ordered]
     shown = ", ".join(f"{amount(n)} {name}" for name, n in amounts if n >= _SMALL)
     shown = shown or f"mostly {amounts[0][0]}"
-    return f"each process sends about {amount(traffic.sent_bytes())} a step: {shown}"
+    return f"{who} sends about {amount(traffic.sent_bytes())} a step: {shown}"
 
 
 _SMALL = 50_000
@@ -225,7 +245,8 @@ class _Step:
     @property
     def rows(self) -> tuple[int, int]:
         """Rows of the source and of the main stream, filler included."""
-        given = [self.shape.source_tokens, self.shape.tokens]
+        shape = self.shape
+        given = [shape.source_tokens, max(shape.tokens, shape.filled_tokens)]
         multiple = self.layout.context * self.layout.tensor
         missing = [-n % multiple for n in given]
         if self.config.architecture == "encoder_decoder":
@@ -271,11 +292,11 @@ def _of_weights(step: _Step) -> Iterator[Message]:
 def _of_tensor(step: _Step) -> Iterator[Message]:
     """Rows that are gathered before split matrices and scattered behind; the split vocabulary."""
     num, context, shape = step.layout.tensor, step.layout.context, step.shape
-    rounds, width, config = shape.num_micro_batches, step.config.hidden_size, step.config
+    rounds, width, config = shape.num_rounds, step.config.hidden_size, step.config
     stream, product = width * shape.weight_bytes, width * shape.product_bytes
 
-    def message(kind: Kind, what: str, payload: int, count: int) -> Message:
-        return Message(kind, "tensor", what, num, payload, count * rounds)
+    def message(kind: Kind, what: str, payload: int, count: int, times: int = rounds) -> Message:
+        return Message(kind, "tensor", what, num, payload, count * times)
 
     for rows, blocks, reads_source in step.streams():
         own = rows // context
@@ -298,12 +319,12 @@ def _of_tensor(step: _Step) -> Iterator[Message]:
     if step.held.has_head:
         yield message("all_gather", "hidden states", step.rows[1] // context * stream, 1)
     if step.held.has_head and config.head == "language_modelling":
-        targets = -(-shape.tokens // context)
-        yield message("all_reduce", "terms of the loss", targets * 4, 3)
-        yield message("all_reduce", "gradients of hidden states", targets * product, 1)
+        targets, real = -(-shape.tokens // context), shape.num_micro_batches
+        yield message("all_reduce", "terms of the loss", targets * 4, 3, real)
+        yield message("all_reduce", "gradients of hidden states", targets * product, 1, real)
         if shape.smooths_labels:
-            yield message("all_reduce", "embeddings of targets", targets * product, 1)
-            yield message("all_reduce", "sum of scores", 4, 1)
+            yield message("all_reduce", "embeddings of targets", targets * product, 1, real)
+            yield message("all_reduce", "sum of scores", 4, 1, real)
     for weight in step.held.weights:
         if weight.is_norm:
             size = math.prod(weight.shape) * shape.weight_bytes
@@ -313,7 +334,7 @@ def _of_tensor(step: _Step) -> Iterator[Message]:
 def _of_context(step: _Step) -> Iterator[Message]:
     """Heads for rows around attention, and all rows at the end."""
     layout, shape, config = step.layout, step.shape, step.config
-    num, rounds = layout.context, shape.num_micro_batches
+    num, rounds = layout.context, shape.num_rounds
     heads, keys = config.num_heads // layout.tensor, config.kv_heads // layout.tensor
     keys *= num // math.gcd(num, keys)  # fewer than processes: several have the same
     ways = 3 if shape.recompute else 2
@@ -336,7 +357,7 @@ def _of_pipeline(step: _Step, stage_rank: int) -> Iterator[Message]:
     rows = step.rows[1] // (layout.context * layout.tensor)
     size = rows * config.hidden_size * shape.weight_bytes
     borders = 2 * held.num_stages - held.has_head - held.has_embedding
-    count = shape.num_micro_batches * borders
+    count = shape.num_rounds * borders
     yield Message("send_recv", "pipeline", "hidden states", num, size, count)
     is_tied = config.head == "language_modelling" and config.tie_embeddings
     if num > 1 and is_tied and held.has_head != held.has_embedding:

@@ -17,7 +17,7 @@ import torch
 from hasten.model.adapters import WHOLE, TrainedPart
 from hasten.model.config import TransformerConfig
 from hasten.model.sharing import Role, declare_roles
-from hasten.model.stages import TIED_NAME, stage_costs
+from hasten.model.stages import TIED_NAME, StageCosts, stage_costs
 from hasten.model.transformer import Transformer
 from hasten.parallel.layout import Layout
 from hasten.parallel.pipeline_plan import cut_blocks, find_schedule, num_stages
@@ -88,6 +88,7 @@ def held_model(
     schedule: str = "1f1b",
     stage_rank: int = 0,
     part: TrainedPart = WHOLE,
+    costs: StageCosts | None = None,
 ) -> HeldModel:
     """Returns what one process holds, before weights are sharded.
 
@@ -97,10 +98,12 @@ def held_model(
         schedule: of a pipeline.
         stage_rank: place of the process in its pipeline.
         part: which weights are trained.
+        costs: by which a pipeline is cut; None for those of sequences without a length.
     """
     model = _without_memory(config, part)
     roles = declare_roles(model)
-    own, first, last, stages = _own_blocks(config, layout, schedule, stage_rank)
+    costs = costs or stage_costs(config)
+    own, first, last, stages = _own_blocks(config, layout, schedule, stage_rank, costs)
     weights, num_blocks = [], [0, 0]
     for number, stack in enumerate((model.encoder, model.decoder)):
         blocks = 0 if stack is None else len(stack.blocks)
@@ -145,12 +148,12 @@ def _split_dim(role: Role | None, kind: str) -> int | None:
 
 
 def _own_blocks(
-    config: TransformerConfig, layout: Layout, schedule: str, stage_rank: int
+    config: TransformerConfig, layout: Layout, schedule: str, stage_rank: int, costs: StageCosts
 ) -> tuple[list[int] | None, bool, bool, int]:
     """Returns a process's blocks (None for all), whether it has the ends, and its stages."""
     if layout.pipeline == 1:
         return None, True, True, 1
-    costs, total = stage_costs(config), num_stages(find_schedule(schedule), layout.pipeline)
+    total = num_stages(find_schedule(schedule), layout.pipeline)
     spans = cut_blocks(
         [costs.block] * config.num_layers, total, before=costs.embedding, after=costs.head
     )

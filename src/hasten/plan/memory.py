@@ -28,10 +28,15 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
+from hasten.data.order import cut_micro_batches
 from hasten.model.adapters import WHOLE, TrainedPart
 from hasten.model.config import TransformerConfig
+from hasten.model.stages import StageCosts
 from hasten.optim.optimizers import default_settings
 from hasten.parallel.layout import Layout
+from hasten.parallel.pipeline_plan import filled_tokens, find_schedule
 from hasten.parallel.traffic import StepShape
 from hasten.parallel.traffic_weights import HeldWeight, held_model, padded_size
 from hasten.plan.activations import MicroBatch, measure_activations
@@ -39,6 +44,7 @@ from hasten.plan.activations import MicroBatch, measure_activations
 _BYTES = 4  # of a weight, whatever the precision
 _GATHERED_REST, _GATHERED_BLOCK = 4, 3
 _SCORE_COPIES = 3
+_LARGER = 1.25  # from one size of a pipeline's micro-batches to the next
 _MUON_COPIES = 5  # of the matrices of one shape: gradients, iterates and Gram matrices
 
 
@@ -47,7 +53,7 @@ class Load:
     """What a run asks of its processes.
 
     Attributes:
-        tokens_per_step: of all processes; of an encoder-decoder both streams.
+        tokens_per_step: of all processes, on average; of an encoder-decoder both streams.
         micro_batch_tokens: most tokens at once, but for a long example alone.
         lengths: of some training examples, in ascending order; they stand for all.
         precision: in which matrices are multiplied.
@@ -59,6 +65,7 @@ class Load:
         averages: whether averaged weights are kept.
         keeps_best: whether the best model so far is.
         schedule: of a pipeline.
+        costs: by which a pipeline is cut.
         part: which weights are trained.
     """
 
@@ -74,25 +81,62 @@ class Load:
     averages: bool = False
     keeps_best: bool = False
     schedule: str = "1f1b"
+    costs: StageCosts | None = None
     part: TrainedPart = WHOLE
 
     def step_shape(self, config: TransformerConfig, layout: Layout) -> StepShape:
         """Returns what a step of average size is in one process."""
         own_tokens = self.tokens_per_step / layout.num_batch_shares
-        pieces = math.ceil(own_tokens / self.micro_batch_tokens)
+        pieces, filled, num_empty = math.ceil(own_tokens / self.micro_batch_tokens), 0, 0
+        if layout.pipeline > 1:
+            sizes = self._sizes_of_pieces(own_tokens)
+            pieces = len(sizes)
+            filled = filled_tokens(max(sizes), self.num_tokens(layout))
+            fitting = find_schedule(self.schedule).num_fitting(pieces, layout.pipeline)
+            num_empty = fitting - pieces
         has_source = config.architecture == "encoder_decoder"
         tokens = math.ceil(own_tokens / pieces / (1 + has_source))
         return StepShape(
             tokens=tokens,
             num_micro_batches=pieces,
+            filled_tokens=filled,
+            num_empty=num_empty,
             source_tokens=tokens * has_source,
             product_bytes=4 if self.precision == "float32" else 2,
             recompute=self.recompute,
             smooths_labels=bool(self.label_smoothing),
             optimizer=self.optimizer,
             schedule=self.schedule,
+            costs=self.costs,
             part=self.part,
         )
+
+    def num_tokens(self, layout: Layout) -> tuple[int, ...]:
+        """Returns values of N that a pipeline fills micro-batches up to, see ``filled_tokens``.
+
+        The first is enough for whole steps, where those are short: a step exceeds its quota by less
+        than an example, and so does a share of it the others. The rest is for texts that are drawn
+        anew, which may be longer, and for evaluations.
+        """
+        longest, shares = self.lengths[-1], layout.num_batch_shares
+        most = math.ceil((self.tokens_per_step + longest) / shares) + longest * (shares > 1)
+        sizes = [min(self.micro_batch_tokens, most)]
+        while sizes[-1] < self.micro_batch_tokens:
+            larger = math.ceil(sizes[-1] * _LARGER)
+            sizes.append(min(self.micro_batch_tokens, larger))
+        return tuple(sizes)
+
+    def _sizes_of_pieces(self, num_tokens: float) -> list[int]:
+        """Returns the tokens of each micro-batch of a share with typical examples."""
+        count = max(1, round(num_tokens * len(self.lengths) / sum(self.lengths)))
+        lengths = self._typical(count)
+        pieces = cut_micro_batches(np.arange(count), lengths, self.micro_batch_tokens)
+        return [int(lengths[piece].sum()) for piece in pieces]
+
+    def _typical(self, count: int) -> np.ndarray:
+        """Returns (count,) lengths that stand for those of so many examples."""
+        at = (np.arange(count) + 0.5) / count * len(self.lengths)
+        return np.array(self.lengths)[at.astype(int)]
 
     def micro_batch(self, config: TransformerConfig, layout: Layout) -> MicroBatch:
         """Returns a large micro-batch of one process: typical examples, or the longest alone."""
@@ -100,8 +144,7 @@ class Load:
         tokens = shape.tokens + shape.source_tokens
         mean = sum(self.lengths) / len(self.lengths)
         count = max(1, math.ceil(tokens / mean))
-        at = [int((i + 0.5) / count * len(self.lengths)) for i in range(count)]
-        lengths = [self.lengths[i] for i in at]
+        lengths = self._typical(count).tolist()
         if self.lengths[-1] > sum(lengths):
             lengths = [self.lengths[-1]]
         sources: list[int] = []

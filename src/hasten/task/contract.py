@@ -216,6 +216,7 @@ class Task(ABC):
         exact_text: whether tokens must give back a text to the letter, white space included.
         split_han: whether a tokenizer trained for it keeps Han characters apart.
         prediction_columns: keys of a prediction that become columns of a predicted file.
+        labels: names of the classes, in the order of their scores; empty where there are none.
         reading: which columns it reads, and how.
         tokenizers: one, or one for the source and one for the target.
     """
@@ -234,6 +235,7 @@ class Task(ABC):
     takes_label: ClassVar[bool] = False
     prediction_columns: ClassVar[tuple[str, ...]]
 
+    labels: tuple[str, ...] = ()
     reading: Reading
     tokenizers: tuple[Tokenizer, ...]
 

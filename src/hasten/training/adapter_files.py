@@ -23,8 +23,7 @@ from hasten.core.errors import UsageError
 from hasten.core.files import committed_folder, machine_errors
 from hasten.model.adapters import AdapterSettings
 from hasten.model.config import TransformerConfig
-from hasten.model.pretrained.family import Rule
-from hasten.model.pretrained.writing import family_for
+from hasten.model.pretrained.family import Family, Rule
 
 _PREFIX = "base_model.model."
 
@@ -45,6 +44,7 @@ def save_adapter(
     tensors: Mapping[str, Tensor],
     settings: AdapterSettings,
     base: str,
+    family: Family,
 ) -> None:
     """Writes the folder in one rename.
 
@@ -54,12 +54,13 @@ def save_adapter(
         tensors: whole, by our names, those of adapters beside those that they adapt.
         settings: of the adapters.
         base: folder or hub id of the model that they are put on.
+        family: of that model, by whose names its modules are called.
 
     Raises:
-        UsageError: no family of transformers has the model's options.
+        UsageError: no adapter is on a matrix that has a name there.
         MachineError: it cannot be written.
     """
-    placed = _place(config, tensors, settings)
+    placed = _place(family, config, tensors, settings)
     if not placed.ranks:
         raise UsageError("there is no adapter on any matrix that the family names.")
     own = {name: rank for name, rank in placed.ranks.items() if rank != settings.rank}
@@ -87,9 +88,11 @@ def save_adapter(
 
 
 def _place(
-    config: TransformerConfig, tensors: Mapping[str, Tensor], settings: AdapterSettings
+    family: Family,
+    config: TransformerConfig,
+    tensors: Mapping[str, Tensor],
+    settings: AdapterSettings,
 ) -> _Placed:
-    family = family_for(config)
     trains_head = config.head != "language_modelling"
     placed = _Placed({}, {}, [])
     for one in family.rules(config):

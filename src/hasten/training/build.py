@@ -23,6 +23,7 @@ from hasten.core.ranks import ALONE, Ranks
 from hasten.core.seeds import derive_seed
 from hasten.data.subword import supports_dropout
 from hasten.model.config import TransformerConfig
+from hasten.model.stages import StageCosts, stage_costs
 from hasten.model.transformer import Transformer
 from hasten.optim.averaging import WeightAverage
 from hasten.optim.layer_decay import layer_rates
@@ -31,7 +32,7 @@ from hasten.optim.schedules import PlateauSettings, Schedule, build_schedule
 from hasten.parallel.apply import ParallelSettings, apply_parallel, check_layout
 from hasten.parallel.layout import choose_layout
 from hasten.parallel.resources import Resources, assumed_resources
-from hasten.parallel.traffic import describe_traffic, step_traffic
+from hasten.parallel.traffic import describe_traffic, largest_traffic
 from hasten.plan.choices import (
     Choice,
     DataFacts,
@@ -50,7 +51,12 @@ from hasten.plan.portable import check_portable, choose_portable, portable_optio
 from hasten.plan.probe import choose_library, choose_precision
 from hasten.plan.spread import Spread, choose_spread
 from hasten.task.contract import Task
-from hasten.training.fine_tuning import check_fine_tuning, prepare_fine_tuning, trained_part
+from hasten.training.fine_tuning import (
+    check_fine_tuning,
+    prepare_fine_tuning,
+    trained_part,
+    warn_without_class,
+)
 from hasten.training.loop import Loop, LoopSettings
 from hasten.training.machine import choose_device
 from hasten.training.observe import Observer
@@ -64,6 +70,7 @@ from hasten.training.pretrained import (
     refuse_fine_tuning,
 )
 from hasten.training.sources import open_sources, warn_about_rows
+from hasten.training.stage_times import measure_stage_costs
 from hasten.training.start import read_start
 from hasten.training.step import Parts, StepSettings
 
@@ -124,7 +131,11 @@ def plan_run(config: RunConfig, observer: Observer, resources: Resources | None 
         settings = ", ".join(f"{choice.key} {_shown(choice.value)}" for choice in some)
         observer.note(f"{settings} ({reason})")
     choices += chosen
-    _check_layout(config, plan, observer)
+    _check_layout(config, plan)
+    config, of_cut = _choose_stage_costs(config, plan, observer)
+    choices += of_cut
+    _tell_traffic(dataclasses.replace(plan, config=config), observer)
+    warn_without_class(config.finetune, architecture, observer)
     return dataclasses.replace(plan, config=config, data=with_drawing(data, config))
 
 
@@ -139,8 +150,8 @@ def _choose_from_data(
     return config, [*first, *rest]
 
 
-def _check_layout(config: RunConfig, plan: Plan, observer: Observer) -> None:
-    """Refuses a layout that does not go with the model; tells what its processes send."""
+def _check_layout(config: RunConfig, plan: Plan) -> None:
+    """Refuses a layout that does not go with the model."""
     layout = choose_layout(config.parallel.layout, None)
     check_layout(plan.architecture, layout, config.parallel.schedule, compiles=config.train.compile)
     check_fine_tuning(
@@ -149,9 +160,29 @@ def _check_layout(config: RunConfig, plan: Plan, observer: Observer) -> None:
         settled(config.train.precision),
         adds_tokens=bool(config.tokenizer.add_tokens),
     )
+
+
+def _choose_stage_costs(
+    config: RunConfig, plan: Plan, observer: Observer
+) -> tuple[RunConfig, list[Choice]]:
+    """Measures by what a pipeline is cut; it is saved, so that all processes cut alike."""
+    layout = choose_layout(config.parallel.layout, None)
+    if layout.pipeline == 1 or config.parallel.stage_costs is not None:
+        return config, []
+    found = dataclasses.astuple(measure_stage_costs(plan.architecture, _load(plan), plan.device))
+    reason = "embedding, a block and head, measured here"
+    observer.note(f"parallel.stage_costs {_shown(found)} ({reason})")
+    choice = Choice("parallel.stage_costs", found, reason)
+    return replace_values(config, {choice.key: choice.value}), [choice]
+
+
+def _tell_traffic(plan: Plan, observer: Observer) -> None:
+    """Tells what the processes of a run send."""
+    layout = choose_layout(plan.config.parallel.layout, None)
     if layout.size > 1:
         shape = _load(plan).step_shape(plan.architecture, layout)
-        observer.note(describe_traffic(step_traffic(plan.architecture, layout, shape)))
+        who = "each process" if layout.pipeline == 1 else "the stage that sends most"
+        observer.note(describe_traffic(largest_traffic(plan.architecture, layout, shape), who))
 
 
 def _choose_products(
@@ -182,9 +213,12 @@ def choose_layout_of(plan: Plan, resources: Resources | None = None) -> Spread:
 def _load(plan: Plan) -> Load:
     """Returns what a run asks of its processes."""
     config, lengths = plan.config, plan.data.splits["train"].lengths
+    costs = stage_costs(plan.architecture, round(float(lengths.mean())))
+    if config.parallel.stage_costs is not None:
+        costs = StageCosts(*config.parallel.stage_costs)
     at = np.linspace(0, len(lengths) - 1, min(len(lengths), _MAX_LENGTHS)).astype(int)
     return Load(
-        tokens_per_step=settled(config.train.tokens_per_step),
+        tokens_per_step=-(-int(lengths.sum()) // plan.steps_per_epoch),
         micro_batch_tokens=settled(config.train.micro_batch_tokens),
         lengths=tuple(np.sort(lengths)[at].tolist()),
         precision=settled(config.train.precision),
@@ -196,6 +230,7 @@ def _load(plan: Plan) -> Load:
         averages=settled(config.train.ema_decay) > 0,
         keeps_best=len(plan.data.splits["validation"]) > 0,
         schedule=config.parallel.schedule,
+        costs=costs,
         part=trained_part(config.finetune),
     )
 
@@ -309,14 +344,14 @@ def build_loop(plan: Plan, folder: Path, observer: Observer, ranks: Ranks = ALON
 
 
 def _parallel_settings(plan: Plan) -> ParallelSettings:
-    config = plan.config
+    config, load = plan.config, _load(plan)
     precision = settled(config.train.precision)
     return ParallelSettings(
         device=plan.device,
         computing=lambda: computing_in(precision, plan.device),
         schedule=config.parallel.schedule,
-        micro_batch_tokens=settled(config.train.micro_batch_tokens),
-        length=round(float(plan.data.splits["train"].lengths.mean())),
+        num_tokens=load.num_tokens(choose_layout(config.parallel.layout, None)),
+        costs=load.costs,
         compiles=config.train.compile,
     )
 
@@ -338,7 +373,7 @@ def build_model(plan: Plan, folder: Path, observer: Observer) -> Transformer:
     if plan.pretrained is None:
         model = Transformer.from_config(plan.architecture)
     else:
-        model = begin_with(plan.pretrained, plan.architecture, observer)
+        model = begin_with(plan.pretrained, plan.architecture, plan.data.task.labels, observer)
     trained = prepare_fine_tuning(model, config.finetune)
     if plan.pretrained is not None:
         observer.note(trained)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from hasten import __version__
 from hasten.config.schema import RunConfig
 from hasten.model.config import TransformerConfig
+from hasten.training.pretrained import HUB_ID
 
 _METRICS = {  # as the hub calls them, in the order in which they are shown
     "accuracy": "accuracy",
@@ -57,7 +59,7 @@ def model_card(
     base = config.model.pretrained
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     front["tags"] = ["hasten"]
-    if base is not None and not base.startswith("/"):
+    if base is not None and HUB_ID.fullmatch(base):
         front["base_model"] = base
     if metrics:
         front["metrics"] = list(dict.fromkeys(_METRICS[key] for key in metrics))
@@ -150,7 +152,9 @@ def _training_lines(
 ) -> Iterator[str]:
     base = config.model.pretrained
     told: Mapping[str, Any] = result.get("training", {})
-    begun = "weights drawn at random" if base is None else f"the weights of `{base}`"
+    begun = "weights drawn at random"
+    if base is not None:  # of a folder the name alone: where it lies says nothing to others
+        begun = f"the weights of `{base if HUB_ID.fullmatch(base) else Path(base).name}`"
     if config.finetune.adapter != "none":
         begun += f", through adapters ({config.finetune.adapter}, rank {config.finetune.rank})"
         begun += " that are merged"
@@ -179,6 +183,11 @@ def _loading(task: str) -> str:
 
 def _limits(architecture: TransformerConfig, split: str, data: Mapping[str, Any]) -> Iterator[str]:
     yield f"- It takes at most {architecture.max_positions:,} tokens; what is longer has to be cut."
+    if architecture.source_vocab_size:
+        yield (
+            "- Source and target have a vocabulary each: AutoTokenizer loads that of the source "
+            "alone, `tokenizer.json`; outputs are decoded with `target_tokenizer.json`."
+        )
     yield "- What it was not trained on, in language, subject or style, it was not measured on."
     if split != "test":
         yield (

@@ -8,9 +8,14 @@ from __future__ import annotations
 from hasten.config.schema import FinetuneConfig
 from hasten.core.errors import UsageError
 from hasten.model.adapters import AdapterSettings, TrainedPart
+from hasten.model.config import TransformerConfig
 from hasten.model.freezing import count_trained, is_none
 from hasten.model.transformer import Transformer
 from hasten.parallel.layout import Layout
+from hasten.training.observe import Observer
+from hasten.training.saved import writable_as
+
+NO_CLASS = "no transformers class has this model's options, and model/ has it merged alone"
 
 
 def adapter_settings(config: FinetuneConfig) -> AdapterSettings | None:
@@ -56,6 +61,18 @@ def check_fine_tuning(
     if not is_none(config.freeze):
         raise UsageError(
             "finetune.adapter freezes all weights of the model: leave out finetune.freeze."
+        )
+
+
+def warn_without_class(
+    config: FinetuneConfig, architecture: TransformerConfig, observer: Observer
+) -> None:
+    """Warns before training that adapters cannot be kept by themselves."""
+    if config.adapter != "none" and writable_as(architecture) is None:
+        fitting = "last" if architecture.architecture == "decoder" else "first"
+        observer.warn(
+            f"adapter/ will not be written: {NO_CLASS}; with --model.pooling {fitting} one may "
+            "have them."
         )
 
 

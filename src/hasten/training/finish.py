@@ -14,17 +14,18 @@ from torch import Tensor
 
 from hasten.config.schema import settled
 from hasten.model.adapters import AdapterSettings, merge_adapters
+from hasten.model.pretrained.registry import FAMILIES
 from hasten.model.search import DecodingSettings
 from hasten.model.transformer import Transformer
 from hasten.task.contract import Machine
 from hasten.training.adapter_files import save_adapter
 from hasten.training.checkpoint import copy_into, gather_tensors
 from hasten.training.evaluate import evaluate, measure
-from hasten.training.fine_tuning import adapter_settings
+from hasten.training.fine_tuning import NO_CLASS, adapter_settings
 from hasten.training.inherited import read_inherited
 from hasten.training.loop import Loop
 from hasten.training.planned import Plan
-from hasten.training.saved import SavedModel, save_model, writable_as
+from hasten.training.saved import Inherited, SavedModel, save_model, writable_as
 from hasten.training.step import Parts
 
 
@@ -50,13 +51,12 @@ def finish_run(loop: Loop, plan: Plan) -> dict[str, Any]:
             lambda: measure(parts.model, data.task, validation, machine, parts.parallel)
         )
     tensors = gather_tensors(parts.model.state_dict(), ranks)
-    adapter = adapter_settings(config.finetune)
+    adapter, inherited = adapter_settings(config.finetune), read_inherited(loop.folder)
     if adapter is not None:
         with_adapters = tensors
-        ranks.on_main(lambda: _save_adapter(loop, plan, with_adapters, adapter))
+        ranks.on_main(lambda: _save_adapter(loop, plan, with_adapters, adapter, inherited))
         tensors = merge_adapters(tensors, adapter.scale)
     saved = SavedModel(parts.model, data.task, decoding)
-    inherited = read_inherited(loop.folder)
     ranks.on_main(lambda: save_model(loop.folder / "model", saved, tensors, inherited))
     result: dict[str, Any] = {"run": str(loop.folder), "task": data.task.name}
     result["input_columns"] = list(data.task.input_columns)
@@ -93,21 +93,22 @@ def _count_trained(parts: Parts) -> int:
 
 
 def _save_adapter(
-    loop: Loop, plan: Plan, tensors: Mapping[str, Tensor], settings: AdapterSettings
+    loop: Loop,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    settings: AdapterSettings,
+    inherited: Inherited | None,
 ) -> None:
     """Writes the adapter beside the model that it is merged into."""
-    base = plan.config.model.pretrained
+    base, architecture = plan.config.model.pretrained, plan.architecture
     assert base is not None
-    if plan.config.tokenizer.add_tokens:
-        loop.observer.note("adapter/ is not written: with added tokens the base is another model")
+    family = writable_as(architecture)
+    if family is None:
+        loop.observer.note(f"adapter/ is not written: {NO_CLASS}")
         return
-    if writable_as(plan.architecture) is None:
-        loop.observer.note(
-            "adapter/ is not written: no transformers class has this model's options; model/ has "
-            "it merged (--model.pooling first may help)"
-        )
-        return
-    save_adapter(loop.folder / "adapter", plan.architecture, tensors, settings, base)
+    if inherited is not None:  # several families may have the options, each with its own names
+        family = next((one for one in FAMILIES if one.name == inherited.family), family)
+    save_adapter(loop.folder / "adapter", architecture, tensors, settings, base, family)
 
 
 def _training_facts(loop: Loop, plan: Plan) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Described:
         generation: generation_config.json; None without one.
         tokenizer: tokenizer_config.json; empty without one.
         architecture: of the model.
+        vocab_size: rows of its embedding of tokens; of the target, where the source has its own.
         has_types: whether it tells segments apart by token types.
     """
 
@@ -50,6 +51,7 @@ class Described:
     generation: Mapping[str, Any] | None
     tokenizer: Mapping[str, Any]
     architecture: Architecture
+    vocab_size: int
     has_types: bool
 
 
@@ -67,7 +69,8 @@ def read_framing(
 
     Raises:
         UsageError: a language is not named, is not known, or is named to a model of one.
-        DamagedError: the folder does not say what begins or ends a text.
+        DamagedError: the folder does not say what begins or ends a text, or names a token that
+            the vocabulary has not.
     """
     if vocabulary.languages and described.architecture == "encoder_decoder":
         return _with_languages(described, vocabulary, languages)
@@ -76,7 +79,7 @@ def read_framing(
             f"tokenizer.source_language, tokenizer.target_language: {described.name} has no codes "
             "of languages; leave them out."
         )
-    read = read_template(vocabulary.tokenizers[0])
+    read = _template(described, vocabulary.tokenizers[0])
     if not described.has_types:
         read = Template(read.first, read.between, read.last)
     if described.architecture == "encoder":
@@ -86,13 +89,20 @@ def read_framing(
         begin = vocabulary.token_id("bos_token")
         first = read.first or end if begin is None else (begin,)
         return Framing(read, Template(first, _line_end(vocabulary.tokenizers[0]), end))
-    start = generation_start(described.config, described.generation).start
+    start = _start(described)
     if start is None:
         start = _number(described, "pad_token_id")
     if start is None:
         raise DamagedError(f"{described.name}: config.json has no decoder_start_token_id.")
-    own = read_template(vocabulary.tokenizers[-1])
+    own = _template(described, vocabulary.tokenizers[-1])
     return Framing(read, Template((start, *own.first), (), own.last or end))
+
+
+def _template(described: Described, tokenizer: Tokenizer) -> Template:
+    try:
+        return read_template(tokenizer)
+    except DamagedError as error:
+        raise DamagedError(f"{described.name}: {error}") from None
 
 
 def _line_end(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -123,9 +133,11 @@ def _with_languages(
         codes.append(number)
     source, target = codes
     end = _end(described, vocabulary)
+    if vocabulary.tokenizers[0].id_to_token(end) is None:
+        raise DamagedError(f"{described.name}: eos_token_id is {end}, which is no token.")
     if described.tokenizer.get("tokenizer_class") in _LANGUAGE_LAST:
         return Framing(Template((), (), (end, source)), Template((target,), (), (end, target)))
-    start = generation_start(described.config, described.generation).start
+    start = _start(described)
     return Framing(
         Template((source,), (), (end,)),
         Template((end if start is None else start, target), (), (end,)),
@@ -136,8 +148,9 @@ def _end(described: Described, vocabulary: PretrainedTokenizers) -> int:
     found = vocabulary.token_id("eos_token")
     if found is None:
         found = vocabulary.token_id("sep_token")
-    if found is None:
-        found = _number(described, "eos_token_id")
+    if found is not None:
+        return _checked(described, "the eos token", found)
+    found = _number(described, "eos_token_id")
     if found is None:
         raise DamagedError(f"{described.name}: neither tokenizer nor config.json has an eos token.")
     return found
@@ -146,7 +159,23 @@ def _end(described: Described, vocabulary: PretrainedTokenizers) -> int:
 def _number(described: Described, key: str) -> int | None:
     for content in (described.generation or {}, described.config):
         value = content.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int):
-            return value
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if value is not None:
+            return _checked(described, key, value)
     return None
+
+
+def _start(described: Described) -> int | None:
+    found = generation_start(described.config, described.generation).start
+    return None if found is None else _checked(described, "decoder_start_token_id", found)
+
+
+def _checked(described: Described, key: str, value: Any) -> int:
+    """Returns the number of a token, which may be another file's word for it."""
+    if type(value) is not int or not 0 <= value < described.vocab_size:
+        raise DamagedError(
+            f"{described.name}: {key} is {value!r}, which is none of the {described.vocab_size:,} "
+            "rows of the embedding."
+        )
+    return value

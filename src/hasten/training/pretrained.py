@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,16 @@ from hasten.data.pretrained_tokenizer import read_tokenizers
 from hasten.data.template import Framing
 from hasten.model.config import Architecture, Pooling, TransformerConfig
 from hasten.model.heads import ClassificationHead
-from hasten.model.pretrained.reading import config_of, load_weights, read_config
+from hasten.model.pretrained.labels import is_generic
+from hasten.model.pretrained.reading import (
+    INDEX,
+    PICKLED,
+    WEIGHTS,
+    Loaded,
+    config_of,
+    load_weights,
+    read_config,
+)
 from hasten.model.pretrained.registry import family_of
 from hasten.model.transformer import Transformer
 from hasten.model.vocabulary import extend_vocabulary
@@ -38,7 +47,7 @@ from hasten.training.observe import Observer
 from hasten.training.saved import GENERATION
 from hasten.training.saved_tokenizer import TOKENIZER_CONFIG
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Weights and whatever any tokenizer is made of; no pickle, no code.
 _WANTED = ("*.json", "1_Pooling/config.json", "*.safetensors", "*.txt", "*.model", "*.spm")
 _SHOWN = 4
@@ -58,6 +67,8 @@ class Pretrained:
         framing: what it wants around texts.
         names: its special tokens, by transformers' names.
         added: ids of the tokens that they got.
+        differences: ``missing``, our parameters that the folder has not, and ``unexpected``, its
+            tensors that have no place here; ``begin_with`` fills it.
     """
 
     name: str
@@ -68,6 +79,7 @@ class Pretrained:
     framing: Framing
     names: Mapping[str, str]
     added: tuple[int, ...] = ()
+    differences: dict[str, list[str]] = field(default_factory=dict)
 
     def with_head(self, options: dict[str, Any]) -> TransformerConfig:
         """Returns the architecture with as many labels as a task's ``model_options`` say.
@@ -82,10 +94,16 @@ class Pretrained:
         return dataclasses.replace(self.architecture, num_labels=labels)
 
     def describe(self) -> dict[str, Any]:
-        """Returns its name and the SHA-256 of each file that may be read of it, as JSON values."""
-        found = {path.name: path for pattern in _WANTED for path in self.folder.glob(pattern)}
-        hashes = {name: file_hash(path) for name, path in sorted(found.items())}
-        return {"name": self.name, "sha256": hashes}
+        """Returns what a run keeps of where it began, as JSON values.
+
+        Its name, the SHA-256 of each file that may be read of it, by its path in the folder, and,
+        once ``begin_with`` has read it, the names of all tensors that were missing or unexpected.
+        """
+        found = {path for pattern in _WANTED for path in self.folder.glob(pattern)}
+        hashes = {
+            path.relative_to(self.folder).as_posix(): file_hash(path) for path in sorted(found)
+        }
+        return {"name": self.name, "sha256": hashes, **self.differences}
 
 
 def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> Pretrained:
@@ -120,6 +138,7 @@ def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> 
         generation=optional_object(folder / GENERATION),
         tokenizer=optional_object(folder / TOKENIZER_CONFIG) or {},
         architecture=architecture.architecture,
+        vocab_size=architecture.vocab_size,
         has_types=architecture.num_token_types > 1,
     )
     framing = read_framing(described, vocabulary, languages)
@@ -132,6 +151,9 @@ def open_pretrained(config: RunConfig, task: type[Task], observer: Observer) -> 
         f"{architecture.num_layers} layers of {architecture.hidden_size}, "
         f"{architecture.vocab_size:,} tokens" + f", {len(added)} of them new" * bool(added)
     )
+    if architecture.unused:
+        said = ", ".join(f"{key} {value:g}" for key, value in architecture.unused)
+        observer.note(f"of {name}, not used in training here but written back: {said}")
     return Pretrained(
         name,
         folder,
@@ -148,19 +170,19 @@ def find_folder(name: str, observer: Observer) -> Path:
     """Returns the folder of a pretrained model; what is no folder here is fetched from the hub.
 
     Raises:
-        UsageError: there is neither, or what fetches is not installed.
+        UsageError: there is neither, its weights are pickle, or what fetches is not installed.
         MachineError: it cannot be fetched.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder.absolute()
-    if folder.exists() or not _HUB_ID.fullmatch(name):
+    if folder.exists() or not HUB_ID.fullmatch(name):
         raise UsageError(
             f"model.pretrained {name}: no such folder; give the folder of a model, or the id of "
             "one on the Hugging Face hub (owner/name)."
         )
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub
     except ImportError:
         raise UsageError(
             f"model.pretrained {name}: no such folder; to fetch it from the Hugging Face hub: "
@@ -168,23 +190,38 @@ def find_folder(name: str, observer: Observer) -> Path:
         ) from None
     observer.note(f"fetching {name} from the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_WANTED]))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_WANTED]))
+        # What lies in its cache needs no network, so that the list is asked for only here.
+        is_whole = any((folder / file).is_file() for file in (WEIGHTS, INDEX))
+        files = () if is_whole else huggingface_hub.list_repo_files(name)
     except Exception as error:  # its own types, those of its HTTP library, and OSError
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MachineError(
             f"model.pretrained {name}: no such folder, and it cannot be fetched from the Hugging "
             f"Face hub: {said}"
         ) from None
+    if any(file in PICKLED for file in files):
+        own = name.rpartition("/")[2]
+        raise UsageError(
+            f"model.pretrained {name}: its weights are pickle, which can run code; fetch and "
+            f"convert them once, then give --model {own}:\n"
+            f"hf download {name} --local-dir {own} && hasten convert {own}"
+        )
+    return folder
 
 
 def begin_with(
-    pretrained: Pretrained, wanted: TransformerConfig, observer: Observer
+    pretrained: Pretrained,
+    wanted: TransformerConfig,
+    labels: Sequence[str],
+    observer: Observer,
 ) -> Transformer:
     """Reads the weights; draws those that the folder has not.
 
     Args:
         pretrained: model.
         wanted: architecture of the run.
+        labels: of the run, in the order of their scores; empty where it has none.
         observer: told what was missing and what was left out.
 
     Raises:
@@ -192,16 +229,19 @@ def begin_with(
     """
     # New tokens come after the others, whose rows are read.
     size = pretrained.vocab_size
-    loaded = load_weights(pretrained.folder, dataclasses.replace(wanted, vocab_size=size))
+    there = dataclasses.replace(wanted, vocab_size=size)
+    loaded = load_weights(pretrained.folder, there, labels or None)
     missing = [*loaded.missing]
     head = loaded.model.head
     if isinstance(head, ClassificationHead) and head.scorer is not None:  # no family has it
         nn.init.normal_(head.scorer.weight, std=wanted.initializer_std)
         missing += ["head.scorer.weight", "head.scorer.bias"]
     if missing:
-        observer.note(f"new, drawn at random: {_shortened(missing)}")
+        reason = _why_new(loaded, labels)
+        observer.note(f"new, drawn at random: {_listed(missing)}{reason}")
     if loaded.unexpected:
-        observer.note(f"in {pretrained.name}, of no use here: {_shortened(loaded.unexpected)}")
+        observer.note(f"in {pretrained.name}, of no use here: {_listed(loaded.unexpected)}")
+    pretrained.differences.update(missing=missing, unexpected=[*loaded.unexpected])
     if pretrained.added:
         extend_vocabulary(loaded.model, pretrained.added)
     return loaded.model
@@ -256,7 +296,9 @@ def _check_vocabulary(
     sizes = [config.vocab_size] * len(tokenizers)
     sizes[0] = config.source_vocab_size or config.vocab_size
     for tokenizer, size in zip(tokenizers, sizes, strict=True):
-        needed = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+        needed = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        if not needed:
+            raise DamagedError(f"{name}: the tokenizer's vocabulary is empty.")
         if needed > size:
             raise DamagedError(
                 f"{name}: the tokenizer's vocabulary of {needed:,} tokens exceeds the {size:,} "
@@ -275,6 +317,21 @@ def _add_tokens(tokenizers: Sequence[Tokenizer], words: Sequence[str]) -> tuple[
     if len(found) > 1:
         raise UsageError("tokenizer.add_tokens needs one vocabulary for source and target.")
     return found.pop()
+
+
+def _why_new(loaded: Loaded, labels: Sequence[str]) -> str:
+    """Says why a classifier that is there was not kept."""
+    names = loaded.other_labels
+    if names is None:
+        return ""
+    others = "labels without a name" if is_generic(names) else _shortened(names)
+    ours = f", not for {_shortened(labels)}" * bool(labels)
+    return f" (the classifier there is for {others}{ours})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Returns the first names of tensors, and where the others are."""
+    return _shortened(names) + " (all are in data.json of the run)" * (len(names) > _SHOWN)
 
 
 def _shortened(names: Sequence[str]) -> str:

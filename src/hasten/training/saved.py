@@ -45,6 +45,7 @@ from hasten.training.saved_tokenizer import (
 
 FORMAT_VERSION = 3
 OWN_FILE, CONFIG, GENERATION = "hasten.json", "config.json", "generation_config.json"
+_END = "eos_token_id"
 # What transformers looks for in config.json.
 _LABEL_KEYS = ("id2label", "label2id")
 
@@ -55,15 +56,17 @@ class Inherited:
 
     Attributes:
         config: keys of config.json that say nothing of the architecture, such as token numbers.
-        generation: generation_config.json; None without one.
+        generation: of generation_config.json, or config.json; None where there was no such model.
         framing: what it wants around texts.
         names: its special tokens, by transformers' names; None where there was no such model.
+        family: that it is of; None where there was no such model.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] | None = None
     framing: Framing | None = None
     names: Mapping[str, str] | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,16 +152,25 @@ def save_model(
             # What a family says of token numbers may decide where its positions begin.
             said = {k for k, v in family.config(config).items() if v is not None}
             numbers = token_numbers(task) if inherited.names is None else inherited.config
-            numbers = {**numbers, **writing_numbers(task)}
+            numbers = _with_own(numbers, writing_numbers(task))
             kept = {k: v for k, v in numbers.items() if k not in said}
             save_pretrained(partial, config, tensors, {**kept, **labels})
         names = [CONFIG, WEIGHTS, *write_tokenizers(partial, task, config, inherited.names)]
         if task.generates:
-            generation = token_numbers(task) if inherited.generation is None else {}
-            generation = {**generation, **(inherited.generation or {}), **writing_numbers(task)}
-            _write_json(partial / GENERATION, generation)
+            said = inherited.generation
+            generation = token_numbers(task) if said is None else said
+            _write_json(partial / GENERATION, _with_own(generation, writing_numbers(task)))
         content["sha256"] = {name: file_hash(partial / name) for name in names}
         _write_json(partial / OWN_FILE, content)
+
+
+def _with_own(numbers: Mapping[str, Any], own: Mapping[str, int]) -> dict[str, Any]:
+    """Returns numbers of tokens with a run's own; of several ends of a text its own comes first."""
+    found: dict[str, Any] = {**numbers, **own}
+    ends, end = numbers.get(_END), own.get(_END)
+    if isinstance(ends, list) and end is not None:
+        found[_END] = [end, *(other for other in ends if other != end)]
+    return found
 
 
 def writable_as(config: TransformerConfig) -> Family | None:

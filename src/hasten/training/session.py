@@ -57,6 +57,8 @@ from hasten.training.saved import load_tokenizers
 from hasten.training.sources import open_sources
 from hasten.training.start import remove_start
 
+_SHARING = ("processes", "layout")
+
 
 def start_run(config: RunConfig, output: str | Path | None, observer: Observer) -> dict[str, Any]:
     """Trains a new run to its end; returns its result as JSON values.
@@ -127,7 +129,8 @@ def resume_run(
 def resumed_config(folder: Path, parallel: ParallelConfig | None = None) -> RunConfig:
     """Returns the configuration with which a run goes on.
 
-    Where it goes on with other processes than before, the threads of each are chosen anew.
+    Where it goes on with other processes than before, the threads of each are chosen anew. What is
+    not asked for stays as it was.
 
     Raises:
         UsageError: it is not a run folder.
@@ -136,17 +139,23 @@ def resumed_config(folder: Path, parallel: ParallelConfig | None = None) -> RunC
     config, _ = read_folder(folder)
     place = find_place()
     if parallel is None and place is not None and place.size != config.parallel.processes:
-        parallel = ParallelConfig()  # torchrun or srun has decided
-    if parallel is not None and (parallel.processes, parallel.layout) == (
-        config.parallel.processes,
-        "auto",
-    ):
-        # As many as before: what was chosen for them stays.
-        parallel = parallel.model_copy(update={"layout": config.parallel.layout})
-    if parallel is None or parallel == config.parallel:
+        parallel = ParallelConfig(processes="auto", layout="auto")  # torchrun or srun has decided
+    if parallel is None:
         return config
-    values = {f"parallel.{name}": value for name, value in parallel.model_dump().items()}
-    return replace_values(config, {**values, "train.num_threads": "auto"})
+    wanted = {name: getattr(parallel, name) for name in parallel.model_fields_set}
+    before = config.parallel
+    if wanted.get("processes", before.processes) == before.processes:
+        if wanted.get("layout", "auto") == "auto":
+            # As many as before: what was chosen for them stays.
+            wanted["layout"] = before.layout
+    else:
+        wanted.setdefault("layout", "auto")
+    if "layout" in wanted and wanted["layout"] != before.layout:
+        wanted.setdefault("processes", "auto")
+    values: dict[str, Any] = {f"parallel.{name}": value for name, value in wanted.items()}
+    if any(wanted.get(name, getattr(before, name)) != getattr(before, name) for name in _SHARING):
+        values["train.num_threads"] = "auto"
+    return replace_values(config, values)
 
 
 def speaks() -> bool:

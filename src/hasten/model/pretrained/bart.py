@@ -16,6 +16,8 @@ from hasten.model.config import Head, NormPlacement, TransformerConfig
 from hasten.model.pretrained.family import Family, Given, Rule, linear, rule, written_activation
 
 _OFFSET = 2
+# What transformers drops in training besides: whole blocks, and values inside of feed-forwards.
+_UNUSED = ("activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -34,8 +36,6 @@ def options_of_pair(given: Given, placement: NormPlacement) -> dict[str, Any]:
     given.expect("normalize_before", is_pre)
     given.expect("add_final_layer_norm", is_pre)
     given.expect("add_bias_logits", False)
-    # What transformers drops in training besides: whole blocks, and rows inside of feed-forwards.
-    given.ignore("encoder_layerdrop", "decoder_layerdrop", "activation_dropout")
     # Of heads that it has not here, of tables that are made anew, and of how texts were generated.
     given.ignore("classifier_dropout", "classif_dropout", "num_hidden_layers")
     given.ignore("static_position_embeddings", "extra_pos_embeddings", "save_step")
@@ -54,6 +54,7 @@ def options_of_pair(given: Given, placement: NormPlacement) -> dict[str, Any]:
         "dropout": given.take("dropout", 0.1),
         "attention_dropout": given.take("attention_dropout", 0.0),
         "initializer_std": given.take("init_std", 0.02),
+        "unused": given.unused(*_UNUSED),
     }
 
 
@@ -73,9 +74,8 @@ def config_of_pair(config: TransformerConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "dropout": config.dropout,
         "attention_dropout": config.attention_dropout,
-        "activation_dropout": 0.0,
-        "encoder_layerdrop": 0.0,
-        "decoder_layerdrop": 0.0,
+        **dict.fromkeys(_UNUSED, 0.0),
+        **dict(config.unused),
         "init_std": config.initializer_std,
         "is_encoder_decoder": True,
         "tie_word_embeddings": config.tie_embeddings,

@@ -13,6 +13,7 @@ from hasten.model.pretrained.family import (
     Family,
     Given,
     Rule,
+    classifier_rules,
     head_rules,
     linear,
     rule,
@@ -107,7 +108,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
     yield from body_rules(config)
     if config.head == "classification":
         yield from linear("pooler.dense", "head.dense", is_optional=True)
-        yield from head_rules("classifier", "head.classifier")
+        yield from classifier_rules("classifier", "head.classifier")
     else:
         yield from head_rules("qa_outputs", "head.scorer")
 

@@ -10,6 +10,7 @@ from hasten.model.pretrained.family import (
     Family,
     Given,
     Rule,
+    classifier_rules,
     head_rules,
     linear,
     rule,
@@ -76,7 +77,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
         yield from linear(f"{there}.output_layer_norm", f"{here}.feed_forward_norm")
     if config.head == "classification":
         yield from head_rules("pre_classifier", "head.dense")
-        yield from head_rules("classifier", "head.classifier")
+        yield from classifier_rules("classifier", "head.classifier")
     else:
         yield from head_rules("qa_outputs", "head.scorer")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hasten.model.config import Head, TransformerConfig
 from hasten.model.pretrained.bert import body_rules, config_of_encoder, options_of_encoder
-from hasten.model.pretrained.family import Family, Given, Rule, head_rules, linear
+from hasten.model.pretrained.family import Family, Given, Rule, classifier_rules, head_rules, linear
 
 
 def _options(given: Given, head: Head) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
         yield from linear("embeddings_project", "encoder.projection")
     if config.head == "classification":
         yield from head_rules("classifier.dense", "head.dense")
-        yield from head_rules("classifier.out_proj", "head.classifier")
+        yield from classifier_rules("classifier.out_proj", "head.classifier")
     else:
         yield from head_rules("qa_outputs", "head.scorer")
 

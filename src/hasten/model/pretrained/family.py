@@ -122,6 +122,11 @@ class Given:
         """Marks keys of this family that change nothing of what a model computes."""
         self._taken.update(keys)
 
+    def unused(self, *keys: str) -> tuple[tuple[str, float], ...]:
+        """Returns the rates above 0 that act in training alone and that no module here has."""
+        rates = ((key, self.take(key) or 0.0) for key in keys)
+        return tuple((key, float(rate)) for key, rate in rates if rate)
+
     def rotary(
         self, default_base: float = 10000.0, layer_type: str | None = None
     ) -> tuple[float, RotaryScaling | None]:
@@ -230,7 +235,9 @@ class Rule:
         is_row: there a vector is a matrix of one row.
         aliases: other names that the same tensor may have there, or copies of it.
         is_outside: of the body: it has no prefix.
-        is_optional: may be missing, or of another shape, and is then drawn anew.
+        is_optional: may be missing, and is then drawn anew.
+        is_of_labels: has a row for each label; those there may be others, or another number of
+            them, and it is then drawn anew.
     """
 
     other: str
@@ -241,6 +248,7 @@ class Rule:
     aliases: tuple[str, ...] = ()
     is_outside: bool = False
     is_optional: bool = False
+    is_of_labels: bool = False
 
     def to_own(self, tensor: Tensor, num_outputs: list[int]) -> list[Tensor]:
         """Returns our tensors, of which each has so many rows; views where that can be."""
@@ -274,9 +282,14 @@ def linear(other: str, *own: str, bias: bool = True, **options: Any) -> Iterator
         yield Rule(f"{other}.bias", tuple(f"{name}.bias" for name in own), **options)
 
 
-def head_rules(other: str, own: str, *, bias: bool = True) -> Iterator[Rule]:
+def head_rules(other: str, own: str, *, bias: bool = True, **options: Any) -> Iterator[Rule]:
     """Yields the rules of a module of a head, which a checkpoint for another task has not."""
-    return linear(other, own, bias=bias, is_outside=True, is_optional=True)
+    return linear(other, own, bias=bias, is_outside=True, is_optional=True, **options)
+
+
+def classifier_rules(other: str, own: str, *, bias: bool = True) -> Iterator[Rule]:
+    """Yields the rules of a head's last module, whose rows are the labels of a checkpoint."""
+    return head_rules(other, own, bias=bias, is_of_labels=True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hasten.model.pretrained.family import (
     Family,
     Given,
     Rule,
+    classifier_rules,
     head_rules,
     linear,
     rule,
@@ -124,7 +125,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
     yield from head_rules("head.dense", "head.dense", bias=bias)
     yield from head_rules("head.norm", "head.norm", bias=bias)
     name = "head.classifier" if config.head == "classification" else "head.scorer"
-    yield from head_rules("classifier", name)
+    yield from classifier_rules("classifier", name)
 
 
 MODERNBERT = Family(

@@ -9,8 +9,8 @@ read here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from hasten.core.errors import DamagedError, UsageError
 from hasten.core.files import read_object
 from hasten.model.config import Head, TransformerConfig
 from hasten.model.pretrained.family import Family, Rule
+from hasten.model.pretrained.labels import label_names, row_order
 from hasten.model.pretrained.registry import family_of
 from hasten.model.transformer import Transformer
 
@@ -52,6 +53,8 @@ class Loaded:
         content: its config.json.
         missing: our parameters that the folder has not; they were drawn anew.
         unexpected: tensors of the folder that have no place in the model.
+        other_labels: what the folder's classifier tells apart where it was not kept, since that is
+            something else; None where it was kept, or there was none.
     """
 
     model: Transformer
@@ -59,6 +62,26 @@ class Loaded:
     content: dict[str, Any]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    other_labels: tuple[str, ...] | None = None
+
+
+@dataclass
+class _Places:
+    """Where the parameters of a model are read.
+
+    Attributes:
+        read: rules with the file's tensor of each.
+        absent: our parameters that the file has not.
+        taken: the file's tensors that are read, by all of their names.
+        rows: of the file's classifier, one for each label of the model; None where it is not kept.
+        other_labels: see ``Loaded``.
+    """
+
+    read: list[tuple[Rule, str]] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+    rows: tuple[int, ...] | None = None
+    other_labels: tuple[str, ...] | None = None
 
 
 class Weights:
@@ -192,8 +215,16 @@ def load_pretrained(
     return load_weights(folder, config)
 
 
-def load_weights(folder: Path, config: TransformerConfig) -> Loaded:
+def load_weights(
+    folder: Path, config: TransformerConfig, labels: Sequence[str] | None = None
+) -> Loaded:
     """Builds the model of a configuration that ``config_of`` gave, and loads the weights.
+
+    Args:
+        folder: in the format of the Hugging Face Hub.
+        config: of the model.
+        labels: of a classification head, in the order of its scores: the folder's classifier is
+            kept only where it is of the same. None for those of the folder, in its order.
 
     Raises:
         As ``load_pretrained``.
@@ -201,30 +232,44 @@ def load_weights(folder: Path, config: TransformerConfig) -> Loaded:
     content = read_config(folder)
     family = family_of(content, str(folder / "config.json"))
     weights = Weights(folder)
-    placed, absent, taken = _place(family, config, weights)
+    places = _place(family, config, weights, content, labels)
     with _NoDraws():
         model = Transformer.from_config(config)
     targets = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
     with torch.no_grad():
-        for one, other in placed:
+        for one, other in places.read:
             _check_copies(weights, family.prefix, one, other)
+            tensor = weights.read(other)
+            if one.is_of_labels and places.rows is not None:
+                tensor = tensor[list(places.rows)]
             rows = [len(targets[name]) for name in one.own]
-            for name, tensor in zip(one.own, one.to_own(weights.read(other), rows), strict=True):
-                targets[name].copy_(tensor)
-        for name in absent:
+            for name, own in zip(one.own, one.to_own(tensor, rows), strict=True):
+                targets[name].copy_(own)
+        for name in places.absent:
             if targets[name].ndim > 1:
                 nn.init.normal_(targets[name], std=config.initializer_std)
     unexpected = sorted(
         name
-        for name in weights.names - taken
+        for name in weights.names - places.taken
         if not any(fnmatch(_bare(name, family), pattern) for pattern in family.ignored)
     )
-    return Loaded(model, family, content, tuple(absent), tuple(unexpected))
+    return Loaded(
+        model,
+        family,
+        content,
+        missing=tuple(places.absent),
+        unexpected=tuple(unexpected),
+        other_labels=places.other_labels,
+    )
 
 
 def _place(
-    family: Family, config: TransformerConfig, weights: Weights
-) -> tuple[list[tuple[Rule, str]], list[str], set[str]]:
+    family: Family,
+    config: TransformerConfig,
+    weights: Weights,
+    content: Mapping[str, Any],
+    labels: Sequence[str] | None,
+) -> _Places:
     """Finds the file's tensor of every rule and compares shapes, before any memory is taken."""
     names = weights.names
     prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
@@ -238,27 +283,50 @@ def _place(
             raise DamagedError(f"{weights.folder}: tensor '{candidates[0]}' is missing.")
         found.append((one, other))
     shapes = _expected_shapes(config)
-    placed: list[tuple[Rule, str]] = []
-    absent: list[str] = []
-    taken: set[str] = set()
+    places = _Places()
+    num_classes: int | None = None
     for one, other in found:
         if one.is_optional and not shapes.keys() >= {*one.own}:
             continue  # of a head that is put together otherwise
-        if other is not None:
-            taken |= {
-                f"{lead}{name}" for name in (one.other, *one.aliases) for lead in ("", prefix)
-            }
-            expected, given = _shape_there(one, shapes), weights.shape(other)
-            if expected == given:
-                placed.append((one, other))
-                continue
-            if not one.is_optional or not one.is_outside:
-                raise DamagedError(
-                    f"{weights.folder}: tensor '{other}' has shape {given}, but config.json makes "
-                    f"it {expected}."
-                )
-        absent += one.own
-    return placed, absent, taken
+        if other is None:
+            places.absent += one.own
+            continue
+        places.taken |= {
+            f"{lead}{name}" for name in (one.other, *one.aliases) for lead in ("", prefix)
+        }
+        expected, given = _shape_there(one, shapes), weights.shape(other)
+        if one.is_of_labels:
+            if num_classes is None:
+                num_classes = given[0] if given else 0
+                _settle_rows(places, content, num_classes, expected[0], labels)
+            expected = num_classes, *expected[1:]
+        if expected != given:
+            raise DamagedError(
+                f"{weights.folder}: tensor '{other}' has shape {given}, but config.json makes "
+                f"it {expected}."
+            )
+        if one.is_of_labels and places.rows is None:
+            places.absent += one.own
+        else:
+            places.read.append((one, other))
+    return places
+
+
+def _settle_rows(
+    places: _Places,
+    content: Mapping[str, Any],
+    num_rows: int,
+    num_labels: int,
+    labels: Sequence[str] | None,
+) -> None:
+    """Says which rows of the file's classifier are wanted."""
+    names = label_names(content, num_rows)
+    if labels is not None:
+        places.rows = row_order(names, labels)
+    elif num_rows == num_labels:
+        places.rows = tuple(range(num_rows))
+    if places.rows is None:
+        places.other_labels = names
 
 
 def _are_tied(weights: Weights, ties: tuple[str, ...]) -> bool:

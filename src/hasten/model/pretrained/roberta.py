@@ -10,7 +10,7 @@ from typing import Any
 
 from hasten.model.config import Head, TransformerConfig
 from hasten.model.pretrained.bert import body_rules, config_of_encoder, options_of_encoder
-from hasten.model.pretrained.family import Family, Given, Rule, head_rules
+from hasten.model.pretrained.family import Family, Given, Rule, classifier_rules, head_rules
 
 
 def _options(given: Given, head: Head) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
     yield from body_rules(config)
     if config.head == "classification":
         yield from head_rules("classifier.dense", "head.dense")
-        yield from head_rules("classifier.out_proj", "head.classifier")
+        yield from classifier_rules("classifier.out_proj", "head.classifier")
     else:
         yield from head_rules("qa_outputs", "head.scorer")
 

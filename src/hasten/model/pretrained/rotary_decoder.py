@@ -17,7 +17,7 @@ from hasten.model.pretrained.family import (
     GATED,
     Given,
     Rule,
-    head_rules,
+    classifier_rules,
     linear,
     rule,
     scaling_to_json,
@@ -55,7 +55,7 @@ def rules_of_heads(config: TransformerConfig, embedding: str) -> Iterator[Rule]:
     aliases = ("lm_head.weight",) if is_tied else ()
     yield rule(embedding, "embedding.tokens.weight", aliases=aliases)
     if config.head == "classification":
-        yield from head_rules("score", "head.classifier", bias=False)
+        yield from classifier_rules("score", "head.classifier", bias=False)
     elif not is_tied:
         yield rule("lm_head.weight", "head.scorer.weight", is_outside=True)
 

@@ -33,6 +33,7 @@ _OF_TRAINING = frozenset(
         "stochastic_depth",
         "initializer_std",
         "zero_init_residual",
+        "unused",
     }
 )
 # Fields that mean something with some values of others only.
