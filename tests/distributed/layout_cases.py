@@ -5,6 +5,7 @@ task x layout x optimizer x settings     a covering subset, each pair of the fir
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +68,8 @@ class Case:
         settings: what else is set.
         dtype: of the weights.
         num_steps: to train.
-        poisoned_step: step in which the loss of one example is NaN.
+        poisoned_step: step in which the loss of one example is NaN, or in fp16 its gradient
+            overflows.
         goes_on_with: layout from the middle on, by way of a checkpoint.
         weights: file of weights to begin with.
         has_dropout: whether masks are noted; then nothing is compared with a run alone.
@@ -93,9 +95,15 @@ class Case:
 
     @property
     def alone(self) -> Case:
-        """The same in one process, not compiled: equal for cases that differ in layout only."""
-        settings = {n: value for n, value in self.settings.items() if n != "train.compile"}
+        """The same in one process, plain: equal for cases that differ in no more than this."""
+        without = ("train.compile", "train.precision")
+        settings = {n: value for n, value in self.settings.items() if n not in without}
         return replace(self, layout="alone", goes_on_with=None, settings=settings)
+
+    @property
+    def precision(self) -> str:
+        """In which matrices are multiplied."""
+        return self.settings.get("train.precision", "float32")
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -105,6 +113,8 @@ class Case:
         values = {**_SETTINGS, **_OF_TASK[self.task], **optimizer, **self.settings}
         if "pipeline" in self.layout + str(self.goes_on_with):  # every micro-batch is filled up
             values["train.micro_batch_tokens"] = min(96, values["train.micro_batch_tokens"])
+            # Each process plans here, and what each measured might cut the blocks elsewhere.
+            values["parallel.stage_costs"] = "0.1,1,0.3"
         return values
 
 
@@ -266,6 +276,22 @@ def _of_options(layout: str) -> list[Case]:
     ]
 
 
+_PRECISIONS = {"bf16": GENERATOR, "fp16": CLASSIFIER}
+if importlib.util.find_spec("torchao") is not None:
+    _PRECISIONS["fp8"] = GENERATOR
+
+
+def _in_precisions(layout: str) -> list[Case]:
+    """Matrices multiplied in fewer bits, and fp16 with a gradient that overflows on one rank."""
+    sizes = {"model.hidden_size": 32, "model.feed_forward_size": 64, **_ROUNDS}
+    cases = [
+        Case(name, task, layout, "sgd", {**sizes, "train.precision": name}, "float32", num_steps=4)
+        for name, task in _PRECISIONS.items()
+    ]
+    overflow = replace(cases[1], name="overflow", optimizer="adamw", poisoned_step=1)
+    return [*cases, overflow]
+
+
 def _of_schedules() -> list[Case]:
     """The schedules of a pipeline besides the default: 3 blocks on 2 stages, 4 on 4."""
     blocks = {"gpipe": 3, "interleaved": 4, "zero-bubble": 3}
@@ -306,6 +332,7 @@ _OF_TWO = [
     *(c for axis in AXES for c in _that_fit(axis, _everywhere(f"{axis}=2"))),
     *(c for axis in AXES for c in _unlike(f"{axis}=2", "compiled")),
     *(c for axis in AXES if axis != "replicate" for c in _of_options(f"{axis}=2")),
+    *(c for axis in AXES for c in _in_precisions(f"{axis}=2")),
     Case("relative", TRANSLATOR, "shard=2", "sgd", _ROUNDS, num_steps=4, options=_RELATIVE),
     Case("goes on", GENERATOR, "pipeline=2", options=_SANDWICH, goes_on_with="tensor=2"),
     *_unlike("pipeline=2", "untied", "rounds", "augmented", "windows", "momentum", "soft-cap"),
@@ -375,11 +402,17 @@ _OF_FOUR = [
         goes_on_with="replicate=2,shard=2",
     ),
 ]
-CASES: dict[int, list[Case]] = {
-    2: _OF_TWO,
-    # Four processes on a few cores are slow, and a few steps show as much.
-    4: [replace(case, num_steps=min(case.num_steps, 6)) for case in _OF_FOUR],
-}
+_FULL_LENGTH = ("everything", "other model", "one vocabulary")
+"""Of each pair of axes the cases of each architecture."""
+
+
+def _shortened(case: Case) -> Case:
+    """Four processes on a few cores are slow, and but for each pair a few steps show as much."""
+    is_full = case.layout.count("=2") == 2 and case.name in _FULL_LENGTH
+    return case if is_full else replace(case, num_steps=min(case.num_steps, 6))
+
+
+CASES: dict[int, list[Case]] = {2: _OF_TWO, 4: [_shortened(case) for case in _OF_FOUR]}
 """By number of processes."""
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,11 +34,13 @@ from hasten.optim.state import flatten_optimizer_state
 from hasten.parallel.layout import Layout, choose_layout
 from hasten.parallel.world import World
 from hasten.task.contract import Machine
+from hasten.training import build
 from hasten.training.build import build_loop, plan_run
 from hasten.training.checkpoint import copy_into, gather_tensors
 from hasten.training.evaluate import evaluate
 from hasten.training.loop import Loop
 from hasten.training.observe import NoLog
+from hasten.training.precision import convert_matrices
 from hasten.training.step import run_step
 
 TIMING = ("seconds", "tokens_per_second")
@@ -122,10 +124,22 @@ def tracing_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def rounding_only() -> Iterator[None]:
+    """Rounds to 8 bits and multiplies in float32, for devices without such units."""
+    emulated = partial(convert_matrices, emulates=True)
+    with (
+        mock.patch.object(build, "convert_matrices", emulated),
+        mock.patch.object(build, "choose_precision", lambda wanted, *_: (wanted, "", None)),
+    ):
+        yield
+
+
 def prepare(case: Case, data: Path, folder: Path, ranks: Ranks) -> Loop:
     """Plans and builds a case's run."""
     compiling = tracing_only() if case.settings.get("train.compile") else nullcontext()
-    with compiling, other_models(case.options):
+    rounding = rounding_only() if case.precision == "fp8" else nullcontext()
+    with compiling, rounding, other_models(case.options):
         return _prepare(case, data, folder, ranks)
 
 
@@ -205,13 +219,15 @@ def take_step(case: Case, loop: Loop, step: int, found: Found) -> None:
     if is_poisoned:
         second_longest = examples[np.lexsort((examples, train.lengths[examples]))][-2]
         # The longest goes to rank 0 and this one to rank 1.
-        poisoned: Any = Poisoned(parts.task, int(second_longest))
+        overflows = case.precision == "fp16"
+        poisoned: Any = Poisoned(parts.task, int(second_longest), overflows=overflows)
         parts = dataclasses.replace(parts, task=poisoned)
     masks: list[Any] = []
     dropout = parts.model.stacks[0].dropout
     hook = dropout.register_forward_hook(lambda *seen: masks.append(seen[-1]))
     before = digest(loop)
-    result = run_step(parts, train, examples, step, loop.pace.meter)
+    scale = loop.state.loss_scale
+    result = run_step(parts, train, examples, step, loop.pace.meter, scale)
     hook.remove()
     if case.has_dropout:
         masks = [mask_of(output) for output in masks]
@@ -339,10 +355,10 @@ def digest(loop: Loop) -> str:
 
 
 class Poisoned:
-    """A task in which the loss of one example is NaN."""
+    """A task in which the loss of one example is NaN, or its gradient too large for 16 bits."""
 
-    def __init__(self, task: Any, example: int) -> None:
-        self.task, self.example = task, example
+    def __init__(self, task: Any, example: int, *, overflows: bool) -> None:
+        self.task, self.example, self.overflows = task, example, overflows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
@@ -350,4 +366,10 @@ class Poisoned:
     def loss_sum(self, outputs: Any, batch: Any) -> Tensor:
         """Returns the loss of the task."""
         loss = self.task.loss_sum(outputs, batch)
-        return loss * float("nan") if self.example in batch.example_ids.tolist() else loss
+        if self.example not in batch.example_ids.tolist():
+            return loss
+        if not self.overflows:
+            return loss * float("nan")
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * 2.0**20)
+        return loss

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 TOLERANCES = {"float64": (1e-10, 1e-9), "float32": (1e-5, 1e-3)}
 # A softmax over its scores takes no notice of what all of them have in common: its gradient is
 # rounding, of which Adam makes steps like any other.
+NARROW = 0.01  # of losses where matrices are multiplied in 16 or 8 bits
 WITHOUT_EFFECT = ("head.scorer.bias", "key.bias")
 
 
@@ -84,6 +85,8 @@ def run_together(
 
 def differences(case: Case, alone: Found, together: Found) -> list[str]:
     """Says what differs by more than rounding."""
+    if case.precision != "float32":
+        return narrow_differences(case, alone, together)
     of_numbers, of_tensors = TOLERANCES[case.dtype]
     problems = []
     pairs = zip(alone.steps, together.steps, together.extra_positions, strict=True)
@@ -113,6 +116,28 @@ def differences(case: Case, alone: Found, together: Found) -> list[str]:
         is_counter = name.startswith("optimizer/step/")
         if not is_alike or (other.dtype != tensor.dtype and not is_counter):
             problems.append(f"{name}: differs by {difference:.2g}, where {largest:.2g} is largest")
+    return problems
+
+
+def narrow_differences(case: Case, alone: Found, together: Found) -> list[str]:
+    """Says where fewer bits change a loss by too much, or nothing, or are those of weights."""
+    problems = []
+    for step, (one, other) in enumerate(zip(alone.steps, together.steps, strict=True)):
+        if one["is_finite"] != other["is_finite"]:
+            problems.append(f"step {step}: is_finite is {other['is_finite']}")
+        if not math.isfinite(other["loss"]):  # what overflows is a gradient
+            problems.append(f"step {step}: loss is {other['loss']}")
+        if one["is_finite"] and not alike(one["loss"], other["loss"], NARROW):
+            problems.append(f"step {step}: loss is {other['loss']!r}, in float32 {one['loss']!r}")
+    if not alike(alone.metrics["loss"], together.metrics["loss"], NARROW):
+        problems.append(f"metrics: {together.metrics}, in float32 {alone.metrics}")
+    for name, tensor in model_of(alone).items():
+        if together.tensors[f"model/{name}"].dtype != tensor.dtype:
+            problems.append(f"{name} is {together.tensors[f'model/{name}'].dtype}")
+    if all(
+        one["loss"] == other["loss"] for one, other in zip(alone.steps, together.steps, strict=True)
+    ):
+        problems.append("it is not narrower than float32")
     return problems
 
 
