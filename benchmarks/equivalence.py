@@ -3,9 +3,10 @@
     layouts x (classifier, generator, translator) x (sgd, adamw) x settings --50 steps-->
         largest relative difference of losses, gradient norms and weights
 
-Dropout is off; examples are ragged and do not go round. The cases are those of tests/distributed,
-which run a part of the grid for fewer steps. The whole grid takes hours on two cores: each layout
-is kept as soon as it is done, and a layout that the output file has already is not run again.
+Dropout is off; examples are ragged and do not go round. The cases are run as in tests/distributed,
+which have other cells and fewer steps, and a cell fails by the same tolerances: it is named with
+its layout and step, and the command ends with 1. Each layout is kept as soon as it is done, and one
+that the output file has already, without a failed cell, is not run again.
 
     python benchmarks/equivalence.py [--layouts shard=2 tensor=2 ...] [--steps 50] [--output FILE]
 """
@@ -37,7 +38,7 @@ from test_layouts import WITHOUT_EFFECT, differences  # noqa: E402
 
 from hasten.core.errors import HastenError  # noqa: E402
 from hasten.parallel.launch import launch  # noqa: E402
-from hasten.parallel.layout import AXES, choose_layout  # noqa: E402
+from hasten.parallel.layout import AXES, Layout, choose_layout  # noqa: E402
 
 LAYOUTS = [
     *(f"{axis}=2" for axis in AXES),
@@ -51,18 +52,14 @@ LAYOUTS = [
 _AWKWARD = {
     "model.num_kv_heads": 2,
     "model.feed_forward_size": 74,
-    "model.num_layers": 3,
     "train.gradient_clip": 0.05,
 }
-_ACCUMULATED: dict[str, Any] = {"train.micro_batch_tokens": 48}
-_RECOMPUTED: dict[str, Any] = {"train.recompute": True}
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "one piece": {},
-    "accumulated": _ACCUMULATED,
-    "recomputed": _RECOMPUTED,
-    "both": {**_ACCUMULATED, **_RECOMPUTED},
+_VARIANTS = {  # rounds of a step, and whether blocks are recomputed
+    "one piece": (1, False),
+    "accumulated": (2, False),
+    "recomputed": (1, True),
+    "both": (2, True),
 }
-_NOT_FINITE = ", one step not finite"
 _TASKS = (cases.CLASSIFIER, cases.GENERATOR, cases.TRANSLATOR)
 
 
@@ -120,29 +117,47 @@ def _kept(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list
 
 
 def _cells(layout: str, steps: int, dtype: str) -> Iterator[Case]:
-    """Yields the runs of a layout.
-
-    AdamW goes through every setting. Of plain SGD, whose steps show what all gradients have in
-    common, one run for each task sees all that differs: it accumulates and recomputes.
-    """
+    """Yields the runs of a layout."""
     degrees = choose_layout(layout, None)
-    fits = 6 % (degrees.tensor * degrees.context) == 0
-    heads = {"model.num_heads": 6 if fits else 4, "model.hidden_size": 36 if fits else 40}
-    common = Case("", "", layout, settings={**_AWKWARD, **heads}, num_steps=steps, dtype=dtype)
-
-    def cell(task: str, optimizer: str, name: str, **others: Any) -> Case:
-        settings = {**common.settings, **_VARIANTS[name.removesuffix(_NOT_FINITE)]}
-        one = replace(common, task=task, optimizer=optimizer, settings=settings, **others)
-        return replace(one, name=f"{task} {optimizer} {name}")
-
     for task in _TASKS:
         if degrees.pipeline > 1 and task == cases.TRANSLATOR:
             continue  # refused: an encoder-decoder is not cut into stages
-        for name in _VARIANTS:
-            yield cell(task, "adamw", name)
-        yield cell(task, "sgd", "both")
-    name = f"accumulated{_NOT_FINITE}"
-    yield cell(cases.CLASSIFIER, "adamw", name, poisoned_step=steps // 2)
+        for optimizer, name in _crossed(task, degrees.size):
+            settings = _settings(task, degrees, name)
+            one = Case(f"{task} {optimizer} {name}", task, layout, optimizer, settings)
+            yield replace(one, num_steps=steps, dtype=dtype)
+    name, settings = "one step not finite", _settings(cases.CLASSIFIER, degrees, "accumulated")
+    one = Case(f"{cases.CLASSIFIER} adamw {name}", cases.CLASSIFIER, layout, "adamw", settings)
+    yield replace(one, num_steps=steps, dtype=dtype, poisoned_step=steps // 2)
+
+
+def _crossed(task: str, num_processes: int) -> list[tuple[str, str]]:
+    """Returns optimizers and variants: on few cores, the more processes, the fewer of them.
+
+    What an axis gets wrong in accumulating or recomputing shows with two processes, where AdamW
+    goes through every variant. Products see each of them in one task or another. Of plain SGD,
+    whose steps show a factor that all gradients have in common, there is a run in every task.
+    """
+    if num_processes == 2:
+        return [*(("adamw", name) for name in _VARIANTS), ("sgd", "both")]
+    if task != cases.CLASSIFIER:
+        return [("sgd", "both"), ("adamw", "accumulated")][: 2 if num_processes == 4 else 1]
+    found = [("adamw", "both"), ("sgd", "one piece"), ("sgd", "accumulated")]
+    return [*found, ("adamw", "recomputed")] if num_processes == 4 else found[:2]
+
+
+def _settings(task: str, layout: Layout, name: str) -> dict[str, Any]:
+    rounds, recompute = _VARIANTS[name]
+    # 6 heads, or as many as the processes that share them can divide.
+    heads, width = (6, 36) if 6 % (layout.tensor * layout.context) == 0 else (4, 40)
+    found = {**_AWKWARD, "model.num_heads": heads, "model.hidden_size": width}
+    found["model.num_layers"] = 3 if layout.pipeline > 1 else 2  # 3 blocks on 2 stages
+    if task == cases.TRANSLATOR:
+        found["model.num_decoder_layers"] = 1
+    if rounds > 1:
+        # A little more than its part: examples cannot be dealt to the token.
+        found["train.micro_batch_tokens"] = 220 // rounds // layout.num_batch_shares
+    return {**found, "train.recompute": recompute}
 
 
 def _compare_all(

@@ -25,6 +25,7 @@ from launched_runs import (
     steps_saved,
     train_in_processes,
 )
+from safetensors.torch import load_file
 
 import hasten
 from builders import write_labelled
@@ -34,6 +35,13 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc"),
 ]
+TWO_BLOCKS = {
+    **SETTINGS,
+    "model.num_layers": 2,
+    "train.epochs": 1,
+    "optim.optimizer": "sgd",
+    "train.learning_rate": 0.05,
+}
 HOST = socket.gethostname()
 FILES = [
     "architecture.json",
@@ -99,6 +107,32 @@ def test_two_processes_train_and_say_so_once(reference: Path):
     assert_same_losses(run, reference)
     config = (run / "config.yaml").read_text()
     assert "processes: 2" in config and "layout: replicate=2" in config
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model of two blocks that one process has trained."""
+    folder = tmp_path_factory.mktemp("exported")
+    data = write_labelled(folder / "tiny.csv", 60, noise=0.1)
+    return hasten.train(data, output=folder / "run", settings=TWO_BLOCKS).folder
+
+
+@pytest.mark.parametrize("layout", ["tensor=2", "context=2", "pipeline=2"])
+def test_processes_that_share_a_model_export_it_whole(layout: str, exported: Path):
+    given = ("tiny.csv", "-o", "run", "--parallel", layout, *flags(TWO_BLOCKS))
+    code, _, err = train_in_processes(*given)
+    assert code == 0, err
+    assert_same_losses(Path("run"), exported)
+    wanted, found = exported / "model", Path("run/model")
+    files = sorted(file.name for file in wanted.iterdir())
+    assert sorted(file.name for file in found.iterdir()) == files
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert weights
+    for name in weights:
+        tensors = load_file(found / name)
+        assert tensors.keys() == load_file(wanted / name).keys()
+        for key, tensor in load_file(wanted / name).items():
+            torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(reference: Path, cli):
